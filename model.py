@@ -1,0 +1,357 @@
+"""The decoder: one class for Llama / SmolLM, Qwen2, Qwen3, Gemma and Gemma 3 (text), and its checkpoints.
+
+    model = Decoder.from_pretrained("path/of/a/checkpoint")  # a Hugging Face folder: config.json + model.safetensors
+    logits = model(tokens)                                   # (B, T) token ids -> (B, T, V)
+    model.save_pretrained("path/of/another")                 # transformers loads it and computes the same logits
+
+The families differ in a handful of details, each a flag of `Config` that says which family needs it.
+Rows of a batch are padded on the right: padding stands behind all real tokens, where the causal mask hides it.
+
+Dimension letters, used in every shape comment:
+    B rows of the batch          H     query heads                          C width of the hidden states (hidden_size)
+    T tokens fed per row         H_kv  key and value heads, a divisor of H  D width of one head (head_dim)
+    S keys seen: cached + T      V     vocabulary size
+
+Sources: Llama (arXiv 2302.13971), Qwen2 (2407.10671), Qwen3 (2505.09388), Gemma (2403.08295), Gemma 3 (2503.19786);
+where a paper leaves a detail open, modeling_<model_type>.py of transformers 5.23 decides.
+"""
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+                 "gemma": "GemmaForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}  # model_type: transformers' class
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
+DEFAULTS = {  # of fields that a family's config.json may leave out, where they are not those of Config
+    "qwen3": {"head_dim": 128},
+    "gemma": GEMMA,
+    "gemma3_text": GEMMA | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 256,
+                            "sliding_window": 4096, "sliding_window_pattern": 6},
+}
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+# Fields that turn on what we do not implement; refused: a wrong model must not load quietly. Config, these and the RoPE
+# variants (read_rope_bases) are all that transformers' code of these families reads, apart from dropout.
+REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention", "attn_logit_softcapping",
+           "final_logit_softcapping", "num_experts", "num_local_experts", "quantization_config")
+
+
+@dataclass
+class Config:
+    """The fields of config.json that the code reads, under their own names. None stands for the family's default."""
+    model_type: str                             # a key of ARCHITECTURES
+    vocab_size: int                             # V
+    hidden_size: int                            # C
+    intermediate_size: int                      # width of the MLP between up and down
+    num_hidden_layers: int
+    num_attention_heads: int                    # H
+    num_key_value_heads: int | None = None      # H_kv; default H: no two query heads share
+    head_dim: int | None = None                 # D; default C / H (Gemma, Gemma 3: 256, Qwen3: 128)
+    hidden_act: str | None = None               # a key of ACTIVATIONS
+    max_position_embeddings: int = 2048         # tokens; not enforced here, a sampler stops there
+    rms_norm_eps: float = 1e-6
+    rope_theta: float | None = None             # RoPE base (in Gemma 3: of the full-attention layers)
+    tie_word_embeddings: bool | None = None     # the output layer is the embedding matrix
+    initializer_range: float = 0.02             # standard deviation of fresh weights
+    rope_local_base_freq: float | None = None   # Gemma 3: RoPE base of the sliding layers
+    query_pre_attn_scalar: float | None = None  # Gemma 3: scores are divided by its root; elsewhere by sqrt(D)
+    sliding_window: int | None = None           # Gemma 3: keys seen by a query of a sliding layer, its own included
+    sliding_window_pattern: int | None = None   # Gemma 3: where layer_types is left out, every so-many-th layer is full
+    layer_types: list[str] | None = None        # Gemma 3: "full_attention" or "sliding_attention" for each layer
+    extra: dict = field(default_factory=dict, repr=False)  # config.json's other fields (token ids ...), to write back
+
+    def __post_init__(self):
+        if self.model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type = {self.model_type!r} is not implemented, only {', '.join(ARCHITECTURES)}")
+        # How the families differ. Llama has none of these.
+        gemma, gemma3 = self.model_type in ("gemma", "gemma3_text"), self.model_type == "gemma3_text"
+        self.qkv_bias = self.model_type == "qwen2"  # Qwen2: biases on q, k and v, not on o
+        self.qk_norm = self.model_type == "qwen3" or gemma3  # Qwen3, Gemma 3: an RMSNorm over D on each q and k head
+        self.norm_adds_one = gemma     # Gemma, Gemma 3: norms multiply by 1 + weight, so a weight of 0 is the identity
+        self.scale_embedding = gemma   # Gemma, Gemma 3: embeddings are multiplied by sqrt(C)
+        self.sandwich_norms = gemma3   # Gemma 3: a norm also behind attention and behind the MLP
+        self.sliding_layers = gemma3   # Gemma 3: some layers see only sliding_window keys and have their own RoPE base
+
+        defaults = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e4,
+                    "num_key_value_heads": self.num_attention_heads,
+                    "head_dim": self.hidden_size // self.num_attention_heads} | DEFAULTS.get(self.model_type, {})
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.sliding_layers and self.layer_types is None:
+            self.layer_types = ["sliding_attention" if (i + 1) % self.sliding_window_pattern else "full_attention"
+                                for i in range(self.num_hidden_layers)]
+        known = ["full_attention", "sliding_attention"] if self.sliding_layers else ["full_attention"]
+        if self.layer_types and (len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(known)):
+            raise ValueError(f"layer_types = {self.layer_types} must be {self.num_hidden_layers} of {known}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act = {self.hidden_act!r} is not implemented, only {', '.join(ACTIVATIONS)}")
+
+    @classmethod
+    def from_json(cls, path: Path) -> "Config":
+        """Reads a config.json. ValueError names the file, the field and the value that we cannot compute with."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            for name in REFUSED:
+                if fields.get(name) not in (None, False):
+                    raise ValueError(f"{name} = {fields[name]!r} is not implemented")
+            names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+            known = {name: fields[name] for name in names if fields.get(name) is not None} | read_rope_bases(fields)
+            if known.get("model_type") == "gemma3_text":  # there the activation has another name
+                known["hidden_act"] = fields.get("hidden_activation")
+            if known.get("model_type") == "gemma" and known.get("hidden_act") == "gelu":
+                known["hidden_act"] = "gelu_pytorch_tanh"  # the first Gemma release wrote the one and meant the other
+            spent = names | {"rope_parameters", "rope_scaling"}
+            return cls(**known, extra={k: v for k, v in fields.items() if k not in spent or v is None})
+        except (ValueError, TypeError, AttributeError) as error:  # no JSON, a field missing, text in place of a number
+            raise ValueError(f"{path}: {error}") from error
+
+
+def read_rope_bases(fields: dict) -> dict:
+    """The RoPE bases that a config.json gives in the spelling of transformers 5, under the names of transformers 4.
+
+    4: {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": null}, which are fields of Config as they are
+    5: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, or in Gemma 3 one such dict per layer type:
+       {"rope_parameters": {"full_attention": {...}, "sliding_attention": {...}}}
+    """
+    bases = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = fields.get(name) or {}
+        per_layer_type = value if "full_attention" in value else {"full_attention": value}
+        for layer_type, rope in per_layer_type.items():
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
+                raise ValueError(f"{name} = {value!r} is not implemented, only rope_type 'default'")
+            if "rope_theta" in rope:
+                bases["rope_theta" if layer_type == "full_attention" else "rope_local_base_freq"] = rope["rope_theta"]
+    return bases
+
+
+class RMSNorm(nn.Module):
+    """x / root-mean-square(x) * weight over the last dimension (arXiv 1910.07467); Gemma: * (1 + weight)."""
+    def __init__(self, size: int, config: Config):
+        super().__init__()
+        self.adds_one, self.eps = config.norm_adds_one, config.rms_norm_eps
+        self.weight = nn.Parameter(torch.zeros(size) if self.adds_one else torch.ones(size))
+
+    def forward(self, x):
+        # In float32 for every dtype: a sum of squares loses too much in bfloat16. A float32 x is not copied.
+        weight = self.weight.float() + 1 if self.adds_one else self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+
+
+def rope_cos_sin(positions, base: float, D: int, dtype):
+    """Positions (B, T) -> cos and sin of the angles that `rotate` turns by, each (B, 1, T, D).
+
+    Computed in float32 for every dtype: bfloat16 cannot tell position 257 from 256.
+    """
+    frequencies = 1 / base ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,)
+    angles = positions[:, None, :, None].float() * frequencies                              # (B, 1, T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)                                            # (B, 1, T, D)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (arXiv 2104.09864) of queries or keys x (B, heads, T, D).
+
+    Pair i, read as a point (a, b), turns by position * base^(-2i/D). Which two numbers are a pair is a convention:
+        half-split, Hugging Face checkpoints (here)   a0 a1 a2 a3 b0 b1 b2 b3   pair i = x[i], x[i + D/2]
+        interleaved, the paper and Llama's own files  a0 b0 a1 b1 a2 b2 a3 b3   pair i = x[2i], x[2i + 1]
+    The wrong one runs without an error and gives another model.
+    """
+    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return x * cos + torch.cat([-b, a], dim=-1) * sin  # a cos - b sin | b cos + a sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention; H / H_kv neighbouring query heads share a key and value head (arXiv 2305.13245)."""
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        C, D, H, H_kv = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.index, self.head_dim, self.shared_keys = index, D, H_kv < H  # index: our layer of the cache
+        self.scale = (config.query_pre_attn_scalar or D) ** -0.5
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, H_kv * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, H_kv * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, mask, cos, sin, cache):
+        B, T, _ = x.shape  # (B, T, C)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B, H_kv, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.index, k, v)  # (B, H_kv, S, D): what was cached, and ours
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
+                                           enable_gqa=self.shared_keys)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """Gated MLP (arXiv 2002.05202)."""
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C)
+
+
+class Layer(nn.Module):
+    """Attention, then the MLP: each reads a normed copy of the residual stream x and adds its result to x."""
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.layer_type = config.layer_types[index] if config.layer_types else "full_attention"
+        self.sandwich_norms = config.sandwich_norms
+        self.self_attn, self.mlp = Attention(config, index), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        # One name for two places: before the MLP, but with sandwich norms (Gemma 3) behind attention.
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        if self.sandwich_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+
+    def forward(self, x, mask, cos, sin, cache):
+        y = self.self_attn(self.input_layernorm(x), mask, cos, sin, cache)  # (B, T, C)
+        if self.sandwich_norms:
+            x = x + self.post_attention_layernorm(y)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def visible_keys(positions, S: int, window: int | None = None):
+    """Which of the keys 0 .. S - 1 do queries at positions (B, T) see? bool (B, 1, T, S), True = visible.
+
+    Key j is visible to a query at position p iff j <= p and, in sliding layers, j > p - window.
+    """
+    p, j = positions[:, None, :, None], torch.arange(S, device=positions.device)  # (B, 1, T, 1) and (S,)
+    return j <= p if window is None else (j <= p) & (j > p - window)
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model. Its parameters have the names of the checkpoint, so that loading can be strict.
+
+    `Decoder(config)` has fresh weights: normal with standard deviation initializer_range, biases 0, norms the identity.
+    They come from torch's global generator, so call torch.manual_seed(seed) first.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config),
+        })
+        # Tied: there is no second matrix, so there are no two that could come apart when loaded, moved or saved.
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens, cache=None):
+        """Tokens (B, T) -> logits (B, T, V)."""
+        return self.output(self.hidden(tokens, cache))
+
+    def output(self, hidden):
+        """States (..., C) -> logits (..., V). Most of the work where V is 262,144: pass only the states you need."""
+        return F.linear(hidden, (self.lm_head or self.model.embed_tokens).weight)
+
+    def hidden(self, tokens, cache=None):
+        """Tokens (B, T) -> states after the final norm (B, T, C).
+
+        cache.lengths (B,) says how many tokens each row has cached; cache.update(layer, k, v) stores new keys, values
+        behind those and returns all, (B, H_kv, S, D) each, S = max(lengths) + T. The caller then advances lengths.
+        """
+        config, T = self.config, tokens.shape[1]
+        positions, S = torch.arange(T, device=tokens.device)[None], T  # (1, T)
+        if cache is not None:
+            positions, S = cache.lengths[:, None] + positions, int(cache.lengths.max()) + T  # (B, T)
+        # The masks, built here once for all layers.
+        # Training and prefill (nothing cached, S = T): query t sees keys 0 .. t in every row, a (T, T) triangle that
+        #   needs no tensor: None stands for is_causal=True, the fast path.
+        # Cached decoding (S > T): (B, 1, T, S), most often T = 1. A row with p cached tokens sees keys 0 .. p. Behind
+        #   them, up to the S of the longest row, lie leftovers that must stay hidden.
+        # Sliding layers get a mask of their own, (1 or B, 1, T, S), only when S exceeds the window.
+        mask = None if S == T else visible_keys(positions, S)
+        x = self.model.embed_tokens(tokens)  # (B, T, C)
+        inputs = {"full_attention": (mask, *rope_cos_sin(positions, config.rope_theta, config.head_dim, x.dtype))}
+        if config.sliding_layers:
+            mask = mask if S <= config.sliding_window else visible_keys(positions, S, config.sliding_window)
+            cos_sin = rope_cos_sin(positions, config.rope_local_base_freq, config.head_dim, x.dtype)
+            inputs["sliding_attention"] = (mask, *cos_sin)
+        if config.scale_embedding:  # by a factor rounded to the dtype, as in the reference
+            x = x * torch.tensor(math.sqrt(config.hidden_size), dtype=x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, *inputs[layer.layer_type], cache)  # (B, T, C)
+        return self.model.norm(x)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Decoder":
+        """Loads a Hugging Face folder. FileNotFoundError or ValueError names the file and what is wrong with it."""
+        folder = Path(folder)
+        index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.exists():
+            raise ValueError(f"{index}: sharded checkpoints are not read, only a single model.safetensors")
+        for path in (folder, folder / "config.json", weights):
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist")
+        with torch.device("meta"):  # shapes without memory; then the tensors that were read become the parameters
+            model = cls(Config.from_json(folder / "config.json"))
+        model.load_state_dict(read_tensors(weights, model.state_dict(), dtype, device), assign=True)
+        return model
+
+    def save_pretrained(self, folder) -> None:
+        """Writes config.json and model.safetensors. A kill leaves the old file or the new one, never half of one."""
+        folder, fields = Path(folder), dataclasses.asdict(self.config)
+        config = {"architectures": [ARCHITECTURES[self.config.model_type]]} | fields.pop("extra")
+        config |= {name: value for name, value in fields.items() if value is not None}
+        config.pop("torch_dtype", None)  # the former name of dtype
+        config["dtype"] = str(self.model.norm.weight.dtype).removeprefix("torch.")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()},
+                  folder / "model.safetensors.tmp", metadata={"format": "pt"})  # transformers asks for the format
+        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def read_tensors(path: Path, expected: dict, dtype, device) -> dict:
+    """Reads the tensors named in `expected`. ValueError unless the file holds these, in their shapes, and no others."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, head, embedding = set(file.keys()), "lm_head.weight", "model.embed_tokens.weight"
+            if head not in expected and {head, embedding} <= names:  # tied, but some files store the matrix twice
+                if not torch.equal(file.get_tensor(head), file.get_tensor(embedding)):
+                    raise ValueError(f"{path}: tensor {head} differs from {embedding}, but tie_word_embeddings is true")
+                names.remove(head)
+            for name in sorted(names ^ expected.keys()):
+                raise ValueError(f"{path}: tensor {name} is {'missing' if name in expected else 'not expected'}")
+            for name, tensor in expected.items():
+                shape, stored = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+                if shape != list(tensor.shape) or stored not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{path}: tensor {name} is {stored} {shape}, must be float {list(tensor.shape)}")
+            # One by one: memory for one copy. What needs no conversion stays a private view of the file, which may be
+            # replaced, as save_pretrained does, but not overwritten in place while the model lives.
+            return {name: file.get_tensor(name).to(device, dtype) for name in expected}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file: {error}") from error

@@ -1,0 +1,466 @@
+"""Tests of model.py:  python -m pytest tests/test_model.py
+
+tests/fixtures/ holds a tiny random checkpoint per family with the logits that transformers computed (make_fixtures.py).
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import Config, Decoder, rope_cos_sin, visible_keys  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text"]
+TINY = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def expected(family):
+    """The fixture's tokens (2, 12) and transformers' logits (2, 12, 40)."""
+    return load_file(FIXTURES / family / "expected.safetensors").values()
+
+
+def copy_checkpoint(family, folder, change_config=None, change_weights=None):
+    """A copy of a fixture in `folder`, with its config.json or its tensors (dicts) changed by the given functions."""
+    shutil.copytree(FIXTURES / family, folder, dirs_exist_ok=True)
+    if change_config:
+        config = json.loads((folder / "config.json").read_text())
+        change_config(config)
+        (folder / "config.json").write_text(json.dumps(config))
+    if change_weights:
+        weights = load_file(folder / "model.safetensors")
+        change_weights(weights)
+        save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+class ListCache:
+    """The plainest cache that keeps the contract of Decoder.hidden: Python lists, one token at a time."""
+
+    def __init__(self, rows):
+        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.layers = {}  # layer: (keys, values), each a list over rows of lists of (H_kv, D)
+
+    def update(self, layer_index, k, v):
+        B, H_kv, T, D = k.shape
+        returned, S = [], int(self.lengths.max()) + T
+        if layer_index not in self.layers:
+            self.layers[layer_index] = [[] for _ in range(B)], [[] for _ in range(B)]
+        for stored, new in zip(self.layers[layer_index], (k, v)):
+            everything = torch.full((B, H_kv, S, D), 1e4)  # a huge number where nothing is held
+            for row in range(B):
+                del stored[row][int(self.lengths[row]):]  # leftovers of padding
+                stored[row] += new[row].unbind(1)
+                everything[row, :, :len(stored[row])] = torch.stack(stored[row], dim=1)
+            returned.append(everything)
+        return returned
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(family):
+    tokens, logits = expected(family)
+    ours = Decoder.from_pretrained(FIXTURES / family)(tokens)
+    assert ours.shape == logits.shape == (2, 12, 40)
+    assert (ours - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_logits_equal_uncached_with_rows_of_different_lengths(family):
+    tokens, logits = expected(family)
+    model, lengths, cache = Decoder.from_pretrained(FIXTURES / family), torch.tensor([7, 3]), ListCache(2)
+    prompts = tokens[:, :7].clone()
+    prompts[1, 3:] = 0  # padding on the right
+    prefill = model(prompts, cache)
+    assert torch.equal(cache.lengths, torch.zeros(2, dtype=torch.int64))  # the caller advances, not the model
+    cache.lengths = lengths
+    assert (prefill[0] - logits[0, :7]).abs().max() < 1e-4
+    assert (prefill[1, :3] - logits[1, :3]).abs().max() < 1e-4
+    for T in (1, 1, 2, 1):  # two tokens in one call: queries of one call must not see each other's future
+        step = model(torch.stack([row[n:n + T] for row, n in zip(tokens, cache.lengths)]), cache)
+        for row in range(2):
+            n = cache.lengths[row]
+            assert (step[row] - logits[row, n:n + T]).abs().max() < 1e-4
+        cache.lengths = cache.lengths + T
+
+
+def test_logits_with_the_cache_of_the_sampler():
+    sampler = pytest.importorskip("sampler")
+    tokens, logits = expected("gemma3_text")
+    model, cache = Decoder.from_pretrained(FIXTURES / "gemma3_text"), sampler.KVCache(2, 5)
+    assert (model(tokens[:, :6], cache) - logits[:, :6]).abs().max() < 1e-4
+    cache.advance(torch.tensor([6, 2]))
+    step = model(torch.stack([tokens[0, 6:7], tokens[1, 2:3]]), cache)
+    assert (step[0, 0] - logits[0, 6]).abs().max() < 1e-4
+    assert (step[1, 0] - logits[1, 2]).abs().max() < 1e-4
+
+
+def test_hidden_and_output_give_the_logits():
+    tokens, logits = expected("llama")
+    model = Decoder.from_pretrained(FIXTURES / "llama")
+    hidden = model.hidden(tokens)
+    assert hidden.shape == (2, 12, 16)
+    assert (model.output(hidden[1, 5]) - logits[1, 5]).abs().max() < 1e-4
+
+
+def test_padding_on_the_right_changes_no_earlier_logit():
+    tokens, logits = expected("gemma3_text")
+    model = Decoder.from_pretrained(FIXTURES / "gemma3_text")
+    padded = torch.cat([tokens, torch.full((2, 5), 3)], dim=1)
+    assert (model(padded)[:, :12] - logits).abs().max() < 1e-4
+
+
+def test_visible_keys_by_hand():
+    positions = torch.tensor([[2, 3], [0, 1]])
+    full = visible_keys(positions, 4)
+    assert full.shape == (2, 1, 2, 4)
+    assert full[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [1, 1, 0, 0]]]
+    sliding = visible_keys(positions, 4, window=2)
+    assert sliding[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 0, 1, 1]], [[1, 0, 0, 0], [1, 1, 0, 0]]]
+
+
+def test_bfloat16_is_near_float32():
+    tokens, logits = expected("gemma3_text")
+    ours = Decoder.from_pretrained(FIXTURES / "gemma3_text", dtype=torch.bfloat16)(tokens)
+    assert ours.dtype == torch.bfloat16
+    assert 0 < (ours - logits).abs().max() < 0.25  # bfloat16 keeps 8 bits: steps of 1/64 at a logit of 4
+
+
+def test_rope_is_computed_in_float32_for_every_dtype():
+    positions = torch.tensor([[255, 256, 257, 1001]])  # bfloat16 has no number between 256 and 258
+    cos, sin = rope_cos_sin(positions, 100.0, 4, torch.bfloat16)
+    angles = torch.tensor([[p, p / 10, p, p / 10] for p in (255, 256, 257, 1001)], dtype=torch.float64)
+    assert (cos[0, 0] - angles.cos()).abs().max() < 1 / 256  # half a step of bfloat16 just below 1
+    assert (sin[0, 0] - angles.sin()).abs().max() < 1 / 256
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_load_keep_the_logits_and_the_config(family, tmp_path):
+    tokens, logits = expected(family)
+    model = Decoder.from_pretrained(FIXTURES / family)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    again = Decoder.from_pretrained(tmp_path / "new" / "folder")
+    assert torch.equal(again(tokens), model(tokens))
+    assert again.config == model.config
+    written = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
+    original = json.loads((FIXTURES / family / "config.json").read_text())
+    del original["rope_parameters"]  # written as rope_theta, the spelling that old and new transformers read
+    assert {k: v for k, v in written.items() if k in original} == original
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("gemma", True)])
+def test_tied_checkpoints_hold_the_matrix_once(family, tied, tmp_path):
+    model = Decoder.from_pretrained(FIXTURES / family)
+    assert model.config.tie_word_embeddings == tied
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in stored) == (not tied)
+    assert stored.keys() == load_file(FIXTURES / family / "model.safetensors").keys()
+    # A step of an optimizer reaches both ends of a tied matrix.
+    before = model.output(torch.ones(16))
+    model.model.embed_tokens.weight.mul_(2)
+    assert torch.equal(model.output(torch.ones(16)), before * 2 if tied else before)
+
+
+def test_saving_in_bfloat16_says_so_in_the_config(tmp_path):
+    Decoder.from_pretrained(FIXTURES / "llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    tokens, logits = expected("llama")
+    model = Decoder.from_pretrained(copy_checkpoint("llama", tmp_path))
+    model.model.norm.weight.add_(1)
+
+    def killed_half_way(weights, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model.save_file", killed_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert (Decoder.from_pretrained(tmp_path)(tokens) - logits).abs().max() < 1e-4
+
+
+def test_saving_over_the_folder_that_was_loaded(tmp_path):
+    """The loaded tensors may be views of the file: replacing it must not change them, nor the model that is saved."""
+    model = Decoder.from_pretrained(copy_checkpoint("llama", tmp_path))
+    model.model.norm.weight.add_(1)
+    tokens, _ = expected("llama")
+    before = model(tokens)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model(tokens), before)
+    assert torch.equal(Decoder.from_pretrained(tmp_path)(tokens), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_what_we_save(family, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    tokens, _ = expected(family)
+    model = Decoder.from_pretrained(FIXTURES / family)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4
+    assert theirs.config.eos_token_id == 2
+
+
+def test_transformers_loads_a_fresh_model_that_we_save(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    tokens, _ = expected("llama")
+    torch.manual_seed(0)
+    model = Decoder(Config("llama", **TINY, tie_word_embeddings=True, initializer_range=0.5))
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family, name, value", [
+    ("llama", "head_dim", 4), ("llama", "num_key_value_heads", 4), ("llama", "rope_theta", 10_000),
+    ("llama", "tie_word_embeddings", False), ("llama", "hidden_act", "silu"), ("llama", "layer_types", None),
+    ("qwen2", "tie_word_embeddings", False), ("qwen3", "head_dim", 128), ("gemma", "head_dim", 256),
+    ("gemma", "tie_word_embeddings", True), ("gemma", "hidden_act", "gelu_pytorch_tanh"),
+    ("gemma", "rope_theta", 10_000), ("gemma3_text", "rope_theta", 1_000_000),
+    ("gemma3_text", "rope_local_base_freq", 10_000), ("gemma3_text", "sliding_window", 4096),
+    ("gemma3_text", "query_pre_attn_scalar", 256),
+    ("gemma3_text", "layer_types", 5 * ["sliding_attention"] + ["full_attention", "sliding_attention"]),
+])
+def test_fields_that_are_left_out(family, name, value):
+    """The values are those of transformers 5.23; the next test compares with the version that is installed."""
+    assert getattr(Config(family, **TINY | dict(num_hidden_layers=7)), name) == value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_that_are_left_out_have_the_defaults_of_transformers(family, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    sizes = {**TINY, "hidden_size": 32, "num_hidden_layers": 8, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+    ours, theirs = Config.from_json(tmp_path / "config.json"), transformers.AutoConfig.for_model(family, **sizes)
+    ropes = theirs.rope_parameters
+    if family == "gemma3_text":
+        for name in ("query_pre_attn_scalar", "sliding_window", "layer_types"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.rope_local_base_freq == ropes["sliding_attention"]["rope_theta"]
+        ropes = ropes["full_attention"]
+    assert ours.rope_theta == ropes["rope_theta"]
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 32 // 4)
+    assert ours.hidden_act == (theirs.hidden_activation if family == "gemma3_text" else theirs.hidden_act)
+    for name in ("tie_word_embeddings", "rms_norm_eps", "initializer_range"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fresh models
+
+
+def test_fresh_weights_follow_the_seed_and_the_range():
+    config = Config(model_type="qwen2", **TINY | dict(vocab_size=1000), num_key_value_heads=2, tie_word_embeddings=True)
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(Decoder(config).state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not torch.equal(models[0]["model.embed_tokens.weight"], models[2]["model.embed_tokens.weight"])
+    assert models[0]["model.embed_tokens.weight"].std() == pytest.approx(0.02, rel=0.05)  # 16,000 numbers: +- 0.6 %
+    assert models[0]["model.layers.0.self_attn.q_proj.bias"].abs().max() == 0
+    assert models[0]["model.norm.weight"].tolist() == [1] * 16
+
+
+def test_fresh_config_is_written_with_its_extra_fields(tmp_path):
+    Decoder(Config("llama", **TINY, extra={"eos_token_id": 7})).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["eos_token_id"], written["model_type"], written["head_dim"]) == (7, "llama", 4)
+    assert written["architectures"] == ["LlamaForCausalLM"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+def spell_rope_as_transformers_4(config):
+    rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_spellings_of_rope_settings(family, tmp_path):
+    tokens, logits = expected(family)
+    old = Decoder.from_pretrained(copy_checkpoint(family, tmp_path, spell_rope_as_transformers_4))
+    assert old.config.rope_theta == 100
+    assert (old(tokens) - logits).abs().max() < 1e-4
+
+
+def test_other_spellings_of_gemma_configs(tmp_path):
+    def as_first_released(config):
+        config |= {"hidden_act": "gelu", "hidden_activation": None, "torch_dtype": "bfloat16"}
+        config.pop("tie_word_embeddings", None)
+
+    tokens, logits = expected("gemma")
+    first = Decoder.from_pretrained(copy_checkpoint("gemma", tmp_path / "1", as_first_released))
+    assert first.config.tie_word_embeddings
+    assert (first(tokens) - logits).abs().max() < 1e-4
+
+    def with_a_pattern(config):
+        del config["layer_types"], config["hidden_activation"], config["tie_word_embeddings"]
+        config["sliding_window_pattern"] = 2
+
+    tokens, logits = expected("gemma3_text")
+    pattern = Decoder.from_pretrained(copy_checkpoint("gemma3_text", tmp_path / "2", with_a_pattern))
+    assert (pattern(tokens) - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family, field, value", [
+    ("llama", "model_type", "mixtral"),
+    ("llama", "model_type", None),
+    ("llama", "hidden_act", "relu"),
+    ("llama", "attention_bias", True),
+    ("llama", "mlp_bias", True),
+    ("llama", "quantization_config", {"quant_method": "gptq"}),
+    ("llama", "num_local_experts", 8),
+    ("llama", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("llama", "rope_parameters", {"rope_type": "yarn", "rope_theta": 100.0}),
+    ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}),
+    ("qwen2", "use_sliding_window", True),
+    ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+    ("gemma3_text", "layer_types", ["full_attention", "chunked_attention"]),
+    ("gemma3_text", "layer_types", ["full_attention"]),
+    ("gemma3_text", "hidden_activation", "gelu"),
+    ("gemma3_text", "attn_logit_softcapping", 50.0),
+    ("gemma3_text", "final_logit_softcapping", 30.0),
+    ("gemma3_text", "use_bidirectional_attention", True),
+    ("gemma3_text", "rope_parameters", {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100.0}}),
+])
+def test_what_is_not_implemented_is_refused(family, field, value, tmp_path):
+    folder = copy_checkpoint(family, tmp_path, lambda config: config.update({field: value}))
+    with pytest.raises(ValueError) as error:
+        Decoder.from_pretrained(folder)
+    shown = "hidden_act" if field == "hidden_activation" else field
+    assert shown in str(error.value) and str(folder / "config.json") in str(error.value)
+    assert value is None or repr(value) in str(error.value)
+
+
+def test_a_missing_field_is_named(tmp_path):
+    folder = copy_checkpoint("llama", tmp_path, lambda config: config.pop("hidden_size"))
+    with pytest.raises(ValueError, match="config.json.*'hidden_size'"):
+        Decoder.from_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Strict loading
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.bias", "lm_head.weight", "model.norm.weight"])
+def test_a_missing_tensor_is_named(name, tmp_path):
+    family = "qwen2" if name.endswith("bias") else "llama"
+    folder = copy_checkpoint(family, tmp_path, change_weights=lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} is missing"):
+        Decoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_an_extra_tensor_is_named(name, tmp_path):
+    folder = copy_checkpoint("llama", tmp_path, change_weights=lambda weights: weights.update({name: torch.ones(2)}))
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} is not expected"):
+        Decoder.from_pretrained(folder)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
+    def reshape(weights):
+        weights["model.norm.weight"] = torch.ones(1, 16)  # would broadcast to (16,) if it were copied
+
+    folder = copy_checkpoint("llama", tmp_path, change_weights=reshape)
+    with pytest.raises(ValueError, match=r"model.safetensors: tensor model.norm.weight .*\[1, 16\].*\[16\]"):
+        Decoder.from_pretrained(folder)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    def quantise(weights):
+        weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight is I8"):
+        Decoder.from_pretrained(copy_checkpoint("llama", tmp_path, change_weights=quantise))
+
+
+def test_a_tied_checkpoint_may_repeat_its_matrix_but_not_change_it(tmp_path):
+    def repeat(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    def repeat_and_change(weights):
+        repeat(weights)
+        weights["lm_head.weight"][3, 5] += 1e-3
+
+    tokens, logits = expected("qwen2")
+    model = Decoder.from_pretrained(copy_checkpoint("qwen2", tmp_path / "1", change_weights=repeat))
+    assert (model(tokens) - logits).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        Decoder.from_pretrained(copy_checkpoint("qwen2", tmp_path / "2", change_weights=repeat_and_change))
+
+
+def test_files_that_are_missing_or_broken_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        Decoder.from_pretrained(tmp_path / "nowhere")
+    for name in ("config.json", "model.safetensors"):
+        folder = copy_checkpoint("llama", tmp_path / f"no {name}")
+        (folder / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            Decoder.from_pretrained(folder)
+        for size in (0, 5, 300):  # bytes: nothing, inside the length of the header, inside the header or the text
+            folder = copy_checkpoint("llama", tmp_path / f"{size} bytes of {name}")
+            (folder / name).write_bytes((folder / name).read_bytes()[:size])
+            with pytest.raises(ValueError, match=name):
+                Decoder.from_pretrained(folder)
+    folder = copy_checkpoint("llama", tmp_path / "one byte less")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        Decoder.from_pretrained(folder)
+
+
+def test_a_sharded_checkpoint_is_refused(tmp_path):
+    folder = copy_checkpoint("llama", tmp_path)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+        Decoder.from_pretrained(folder)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_loading_needs_the_memory_of_one_copy(tmp_path):
+    """64 MiB of bfloat16 weights. With a model of fresh float32 weights beside them it would be 192 MiB or more."""
+    config = Config("llama", **TINY | dict(vocab_size=2 ** 21, tie_word_embeddings=True))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        Decoder(config).save_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    # VmHWM is the peak of this program; ru_maxrss would start with that of the process which started it.
+    program = ("import sys, torch; from model import Decoder\n"
+               "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024  # MiB\n"
+               "Decoder.from_pretrained('tests/fixtures/llama'); before = peak()\n"
+               "model = Decoder.from_pretrained(sys.argv[1], dtype=torch.bfloat16)\n"
+               "assert model.model.embed_tokens.weight.sum() != 0\n"
+               "print(peak() - before)")
+    ran = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parent.parent,
+                         capture_output=True, text=True, check=True)
+    assert 60 < float(ran.stdout) < 64 * 1.5
