@@ -1,0 +1,74 @@
+"""Tests of data/answers.py:  pytest tests/test_answers.py"""
+import math
+import time
+from fractions import Fraction
+
+import pytest
+
+from data.answers import numeric_answer, parse_number, same_number
+
+NUMBERS = {  # what follows "Final answer: " -> the number
+    "18": 18, "0": 0, "0.0": 0, "1,234.50": Fraction("1234.5"), "-$5": -5, "$-5": -5, "-5": -5,
+    "\N{MINUS SIGN}5": -5, "10.": 10, "10.00": 10, "$29.00": 29, "$ 29": 29, "1/2": Fraction(1, 2),
+    "-1 / 4": Fraction(-1, 4), "50%": 50, "1.5e3": 1500, "2E-2": Fraction(1, 50), ".5": Fraction(1, 2), "007": 7,
+    "$1,000,000.": 1_000_000,
+}
+SENTENCES = {  # the same, but more than a number
+    "72, in total": 72, "**18** eggs.": 18, "She has 18 eggs": 18, "\n\n  $18\nShe is 7.": 18, "5-3": 5,
+    "CO2: 12 kg": 12, "10/3 apples": Fraction(10, 3), "$5/hour": 5, "5 e-mails": 5,
+}
+NOTHING = [
+    "", "twelve", "unknown\n18", "3,4", "12,34", "1,2,3", "1/0", "x2", "-", "1e999", "1e999999999", "1e-999999999",
+    "9" * 10_000,
+]
+
+
+@pytest.mark.parametrize("strategy", ["cot", "l2m"])
+@pytest.mark.parametrize("text, number", [*NUMBERS.items(), *SENTENCES.items(), *dict.fromkeys(NOTHING).items()])
+def test_number_after_the_marker(strategy, text, number):
+    answer = numeric_answer(strategy, "There are 3 hens.\nFinal answer: " + text)
+    assert answer == number and type(answer) is (type(None) if number is None else Fraction)
+
+
+def test_the_last_marker_counts_in_any_case():
+    assert numeric_answer("cot", "Final answer: 3. No, wait.\nFINAL ANSWER : 4") == 4
+    assert numeric_answer("cot", "The answer is 3.") is None
+    # "İ" is two characters in lower case: positions in text.lower() are not positions in text
+    assert numeric_answer("cot", "İİİİ Final answer: 18") == 18
+
+
+def test_program_answers():
+    assert numeric_answer("pot", "answer = 0") == 0
+    assert numeric_answer("pot", "answer = 0.5") == Fraction(1, 2)
+    for program in ["answer = True", "answer = 1,234", "answer = '18'", "answer = 1e999", "Final answer: 18", ""]:
+        assert numeric_answer("pot", program) is None, program
+
+
+def test_unknown_strategy_is_named():
+    with pytest.raises(ValueError, match="'tot'"):
+        numeric_answer("tot", "Final answer: 18")
+
+
+def test_parse_number_wants_nothing_but_a_number():
+    for text, number in NUMBERS.items():
+        assert parse_number(f" {text}\n") == number, text
+    for text in [*SENTENCES, *NOTHING, "9 (apples)", "17; 8", "2:30", "blue", "5%%", "1 2", "NaN", "inf", "True"]:
+        assert parse_number(text) is None, text
+
+
+def test_same_number():
+    same = [(0.07 * 100, 7), (0.0, Fraction(0)), (Fraction(1, 3), 1 / 3), (1e12, 1e12 + 1), (-5, -5), (1e-7, 0)]
+    other = [(18, 19), (5, -5), (1e-3, 0), (33.33, Fraction(100, 3)), (1e6, 1e6 + 2), (1e308, 1)]
+    never = [(None, None), (None, 0), (True, 1), (math.nan, math.nan), (math.inf, math.inf), ("1", 1), ((1,), 1)]
+    for a, b in same:
+        assert same_number(a, b) and same_number(b, a), (a, b)
+    for a, b in other + never:
+        assert not same_number(a, b) and not same_number(b, a), (a, b)
+
+
+def test_monsters_take_no_time():
+    start = time.thread_time()
+    for text in ["9" * 10**6, "1," * 10**6, "x1" * 10**6, "$ - " * 10**6, "Final answer: " * 10**5, "1e" + "9" * 10**6]:
+        numeric_answer("cot", "Final answer: " + text)
+        parse_number(text)
+    assert time.thread_time() - start < 5
