@@ -1,0 +1,222 @@
+"""Pretrains the small student that ships in this folder, on text that practises single skills of the toy world.
+
+    python data/student/pretrain.py         # writes config.json, model.safetensors, tokenizer.json beside this file
+
+A document is a story of the toy world and some lines of practice on it, or practice alone: listing the numbers, naming
+the operation of each change, carrying results on, looking up who is compared with whom, small sums. Only the practice
+is trained on. None of it is a rationale: there are no strategy tags, no sub-questions, no programs, no final answers.
+"""
+import argparse
+import math
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from data import toy  # noqa: E402
+from model import Config, Decoder  # noqa: E402
+
+END = "<|end|>"
+IGNORE = -100  # the target at positions that the loss leaves out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# practice
+
+
+def practise(rng: random.Random) -> tuple[str, str]:
+    """One document: (what is only read, what is trained on)."""
+    luck = rng.random()
+    if luck < 0.1:
+        return "", practise_sums(rng)
+    if luck < 0.2:
+        return practise_recall(rng)
+    kind = rng.choice(["relations", "relations", "tally", "tally", "shop"])
+    story = toy.tell(kind, rng, unseen=rng.random() < 0.3, longer=rng.random() < 0.3)
+    told = story.text if rng.random() < 0.5 else story.text.rpartition(" How many ")[0]
+    skills = {"relations": [look_up, look_up, name_pairs, list_numbers],
+              "tally": [list_changes, carry, carry, narrate, list_numbers], "shop": [list_changes, list_numbers]}[kind]
+    return told + "\n", "\n".join(skill(story, rng) for skill in rng.sample(skills, 2))
+
+
+def practise_sums(rng) -> str:
+    """ "37 + 5 = 42, 42 - 20 = 22, ..." : small sums, mostly each from the result before."""
+    value, parts = rng.randint(1, 99), []
+    while len(parts) < 8:
+        op = rng.choice("++--*/")
+        n = 2 if op in "*/" else rng.randint(1, 20)
+        result = toy.apply(value, op, n)
+        if op == "/" and value % 2 or not 1 <= result <= 120:
+            continue
+        parts.append(f"{value} {op} {n} = {result}")
+        value = result if rng.random() < 0.7 else rng.randint(1, 99)
+    return ", ".join(parts) + "."
+
+
+def practise_recall(rng) -> tuple[str, str]:
+    """ "Ann 12 Leo, Eve 30 Sam, ..." then, asked in another order, "Eve: 30 Sam, Ann: 12 Leo, ..." """
+    keys, others = rng.sample(toy.NAMES, 8), rng.sample(toy.NAMES, 8)
+    pairs = [(key, f"{rng.randint(2, 99)} {other}") for key, other in zip(keys, others)]
+    return (", ".join(" ".join(pair) for pair in pairs) + "\n",
+            ", ".join(": ".join(pair) for pair in rng.sample(pairs, len(pairs))) + ".")
+
+
+def list_numbers(story, rng) -> str:
+    return "Numbers: " + ", ".join(re.findall(r"\d+", story.text)) + "."
+
+
+def list_changes(story, rng) -> str:
+    """ "after Ben finds 5 more: + 5, ..." : which words mean which operation."""
+    return ", ".join(f"{step.label}: {step.op} {step.n}" for step in story.steps) + "."
+
+
+def carry(story, rng) -> str:
+    """ "14 plus 5 makes 19; 19 minus 7 makes 12" : every change with its result, in one of many notations, so that the
+    student learns the skill and not one way of writing it."""
+    words = rng.choice([{"+": "+", "-": "-", "*": "*", "/": "/"}, {"+": "plus", "-": "minus", "*": "times", "/": "over"}])
+    makes, stop = rng.choice(["=", "makes", "gives", "is"]), rng.choice([", ", "; ", ". ", "\n"])
+    repeat, told = rng.random() < 0.6, rng.random() < 0.4
+    values, parts = story.values(), []
+    for value, step, result in zip(values, story.steps, values[1:]):
+        parts.append((f"{step.label}, " if told else "") + (f"{value} " if repeat or not parts else "")
+                     + f"{words[step.op]} {step.n} {makes} {result}")
+    return stop.join(parts) + "."
+
+
+def narrate(story, rng) -> str:
+    """ "Start 14. after Ben finds 5 more: 19." """
+    values = story.values()
+    return f"Start {values[0]}. " + " ".join(f"{step.label}: {v}." for step, v in zip(story.steps, values[1:]))
+
+
+def known_pairs(story) -> list[tuple]:
+    """Of all branches of a relations story: (compared with, person, operation, n, value of the first, of the second)."""
+    pairs = []
+    for branch in (story.steps, *story.branches):
+        before, value = story.start_label, story.start
+        for step in branch:
+            result = toy.apply(value, step.op, step.n)
+            pairs.append((before, step.label, step.op, step.n, value, result))
+            before, value = step.label, result
+    return pairs
+
+
+def look_up(story, rng) -> str:
+    """Single facts in any order: "Ann: 3 more than Leo. from Leo to Ann: + 3. ..." """
+    parts = []
+    for before, person, op, n, value, result in rng.sample(known_pairs(story), 8):
+        parts.append(rng.choice([f"{person}: {n} {'more' if op == '+' else 'fewer'} than {before}",
+                                 f"{person}: {before} {op} {n}", f"from {before} to {person}: {op} {n}",
+                                 f"{before}: {value}, {person}: {value} {op} {n} = {result}"]))
+    return f"{story.start_label}: {story.start}. " + ". ".join(parts) + "."
+
+
+def name_pairs(story, rng) -> str:
+    """ "Ann Leo, Sam Eve, ..." : who is compared with whom."""
+    return ", ".join(f"{person} {before}" for before, person, *_ in rng.sample(known_pairs(story), 8)) + "."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer and training
+
+
+def train_tokenizer(seed: int) -> Tokenizer:
+    """Byte-level BPE on words of the toy world. Every digit is a token of its own, with or without a space before it."""
+    rng, texts = random.Random(seed), []
+    for _ in range(4000):
+        story = toy.tell(rng.choice(toy.KINDS), rng, unseen=rng.random() < 0.5, longer=rng.random() < 0.5)
+        texts += [story.text, *practise(rng), *(f"[{s}]: {toy.teach(story, s, rng)}" for s in toy.STRATEGIES)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\d| ?[^\s\p{L}\d]+|\s"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=768, special_tokens=[END], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def make_batches(tokenizer, rng, rows: int, length: int):
+    """Endless (tokens, targets), both (rows, length). A row starts with a new document and is filled with further ones."""
+    end = tokenizer.token_to_id(END)
+    while True:
+        ids, wanted = (torch.empty(rows, length + 1, dtype=torch.int64) for _ in range(2))
+        for row in range(rows):
+            line, mask = [], []
+            while len(line) <= length:
+                read, trained = (tokenizer.encode(text).ids for text in practise(rng))
+                line += read + trained + [end]
+                mask += [IGNORE] * len(read) + trained + [end]
+            ids[row], wanted[row] = torch.tensor(line[:length + 1]), torch.tensor(mask[:length + 1])
+        yield ids[:, :-1], wanted[:, 1:]
+
+
+@torch.no_grad()
+def spread_unseen(model, seen, seed: int) -> None:
+    """Draws the embeddings of tokens that have not occurred, such as the strategy tags, anew.
+
+    The loss has pushed them all the same way, away from every state, until they are one vector (cosine 0.998): a student
+    that starts like that takes "[cot]" for "[pot]" for hundreds of steps.
+    """
+    rows = model.model.embed_tokens.weight  # (V, C)
+    fresh = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed)) * rows[seen].std()
+    rows[~seen] = fresh[~seen]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder (this one)")
+    parser.add_argument("--tokens", type=float, default=24e6, help="to train on, in all (24e6)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of --length tokens per step (16)")
+    parser.add_argument("--length", type=int, default=256, help="(256)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(args.seed)
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    torch.manual_seed(args.seed)
+    model = Decoder(Config(
+        model_type="llama", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, intermediate_size=512,
+        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        initializer_range=0.08, extra={"eos_token_id": tokenizer.token_to_id(END)}))
+    # Muon for the matrices inside the layers: looking things up in a story appears after about 4M tokens, with AdamW
+    # alone it had not after 10M. With "match_rms_adamw" one learning rate serves both.
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(inside, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0)]
+    steps = round(args.tokens / (args.rows * args.length))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.get_vocab_size()}, {steps:,} steps")
+    seen, started = torch.zeros(model.config.vocab_size, dtype=torch.bool), time.time()
+    batches = make_batches(tokenizer, random.Random(args.seed), args.rows, args.length)
+    for step, (tokens, targets) in zip(tqdm(range(1, steps + 1), disable=None), batches):
+        seen[tokens] = True
+        scale = min(1, step / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))  # cosine, down to 2 %
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = args.lr * scale
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 500 == 0 or step == steps:
+            spread_unseen(model, seen, args.seed)
+            model.save_pretrained(args.out)
+            seconds = time.time() - started
+            tqdm.write(f"step {step}/{steps}, loss {loss.item():.3f}, {step * tokens.numel() / seconds:,.0f} tokens/s, "
+                       f"{seconds / 60:.0f} min")
+
+
+if __name__ == "__main__":
+    main()

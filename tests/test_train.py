@@ -1,0 +1,499 @@
+"""Tests of train.py:  python -m pytest tests/test_train.py
+
+The training loop, the run folder and what is printed, on tiny random decoders with a tokenizer trained here: seconds in
+all. What the command does as a whole is in test_main.py.
+"""
+import copy
+import json
+import math
+import random
+import re
+import sys
+from argparse import Namespace
+from fractions import Fraction
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train
+from model import Config, Decoder
+from siked import STRATEGIES, Question, Rationale, Student, read_rationales
+from train import IGNORE, RunFolder, collate, fine_tune, format_table, make_batches, parse_args, read_data, write_file
+
+QUESTIONS = [Question(f"q{i}", f"What is {i} + {2 * i}?" + " Tell me." * (i % 4), Fraction(3 * i)) for i in range(12)]
+TEACHER = [Rationale(q.id, strategy, text) for i, q in enumerate(QUESTIONS) for strategy, text in [
+    ("cot", f"{i} + {2 * i} = {3 * i}. Final answer: {3 * i}"), ("l2m", f"What is added? {2 * i}. Final answer: {3 * i}"),
+    ("pot", f"answer = {i} + {2 * i}")]]
+
+
+def tiny_student(seed=0, max_new_tokens=12) -> Student:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator([q.text for q in QUESTIONS] + [r.text for r in TEACHER], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    torch.manual_seed(seed)
+    config = Config("llama", vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=32,
+                    num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+                    extra={"eos_token_id": 0})
+    return Student(Decoder(config), tokenizer, [0], max_new_tokens)
+
+
+def ragged_examples(count, seed=0):
+    """[(prompt ids, target ids)] of lengths from 2 + 2 to 60 + 120, all different."""
+    rng = random.Random(seed)
+
+    def draw(shortest, longest):
+        return [rng.randrange(1, 200) for _ in range(rng.randint(shortest, longest))]
+
+    return [(draw(2, 60), draw(1, 119) + [0]) for _ in range(count)]
+
+
+def settings(**changed) -> Namespace:
+    return Namespace(**({"lr": 1e-2, "warmup": 1, "weight_decay": 0.01, "batch_size": 4, "device": "cpu",
+                         "dtype": "float32"} | changed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def test_every_row_trains_on_its_target_and_nothing_else():
+    """Pitfalls 1 and 2, on a ragged batch: the trained ids of a row are the response and one end token, each at the place
+    whose next token it is. The end token has id 0, as the padding has: told apart by id, it would be lost."""
+    student = tiny_student()
+    by_id = {q.id: q for q in QUESTIONS}
+    tokens, targets = collate([(student.prompt(by_id[r.id]), student.target(r)) for r in TEACHER])
+    assert tokens.shape == targets.shape and len(tokens) == len(TEACHER)
+    for row, r in enumerate(TEACHER):
+        trained = targets[row][targets[row] != IGNORE].tolist()
+        assert student.tokenizer.decode(trained, skip_special_tokens=False) == f"[{r.strategy}]: {r.text}<end>"
+        assert trained.count(0) == 1
+        places = (targets[row] != IGNORE).nonzero()[:, 0].tolist()
+        read = tokens[row, :places[-1] + 1].tolist()  # what the model has read where it learns to stop
+        assert read + trained[-1:] == student.prompt(by_id[r.id]) + student.target(r)
+        assert places == list(range(len(student.prompt(by_id[r.id])) - 1, len(read)))
+
+
+def test_longest_row_has_no_padding():
+    """The batch is as wide as its longest example needs, no wider: one place less than ids, as the last is only a target."""
+    tokens, targets = collate([([5, 6, 7], [8, 9, 0]), ([5], [9, 0])])
+    assert tokens.tolist()[0] == [5, 6, 7, 8, 9] and targets.tolist()[0] == [IGNORE, IGNORE, 8, 9, 0]
+    assert tokens.tolist()[1][:2] == [5, 9] and targets.tolist()[1] == [9, 0, IGNORE, IGNORE, IGNORE]
+
+
+def epoch_of(examples, batch_size, seed, epoch=0):
+    per_epoch = math.ceil(len(examples) / batch_size)
+    return list(islice(make_batches(examples, batch_size, seed), epoch * per_epoch, (epoch + 1) * per_epoch))
+
+
+@pytest.mark.parametrize("count, batch_size", [(1, 4), (7, 4), (64, 4), (150, 4), (100, 32)])
+def test_every_example_comes_once_an_epoch(count, batch_size):
+    """Also if the last batch is smaller than the others; in the second epoch as in the first."""
+    examples = ragged_examples(count)
+    for epoch in (0, 1):
+        batches = epoch_of(examples, batch_size, 7, epoch)
+        assert sorted(e for batch in batches for e in batch) == sorted(examples)
+        assert all(len(batch) <= batch_size for batch in batches)
+
+
+def test_order_depends_on_the_seed_and_the_epoch_alone():
+    """Pitfall 17: the same seed, the same order, whatever else draws random numbers; the examples stay as they were."""
+    examples = ragged_examples(100)
+    before = copy.deepcopy(examples)
+    random.seed(1)
+    first = epoch_of(examples, 8, 7)
+    random.seed(2)
+    torch.manual_seed(2)
+    assert epoch_of(examples, 8, 7) == first
+    assert epoch_of(examples, 8, 8) != first
+    assert epoch_of(examples, 8, 7, epoch=1) != first
+    assert examples == before
+
+
+def test_batches_hold_little_padding_and_come_in_mixed_lengths():
+    """At least 80 % of the tokens are real, though lengths spread from 4 to 180; and training does not go from the short
+    examples to the long ones, where the last steps would be about long texts only."""
+    batches = epoch_of(ragged_examples(1000), 32, 7)
+    real = sum(len(prompt) + len(target) - 1 for batch in batches for prompt, target in batch)
+    assert real / sum(collate(batch)[0].numel() for batch in batches) >= 0.8
+    widths = [collate(batch)[0].shape[1] for batch in batches]
+    assert sum(a > b for a, b in zip(widths, widths[1:])) > len(widths) / 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the training loop
+
+
+class Recorder:
+    """Notes, before every optimizer step, the gradients, the weights and the settings that the optimizer works with."""
+
+    def __enter__(self):
+        self.steps = []
+        self.hook = register_optimizer_step_pre_hook(lambda optimizer, *_: self.steps.append(SimpleNamespace(
+            gradients=[p.grad.clone() for p in self.parameters(optimizer)],
+            weights=[p.detach().clone() for p in self.parameters(optimizer)],
+            **{name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay", "betas")}, kind=type(optimizer))))
+        return self
+
+    @staticmethod
+    def parameters(optimizer):
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+def gradients_of(model, examples):
+    """Of the mean loss over all trained tokens, the plain way: every logit, every example alone, no batch."""
+    model = copy.deepcopy(model).train()
+    losses = []
+    for prompt, target in examples:
+        logits = model(torch.tensor([prompt + target]))[0, len(prompt) - 1:-1]
+        losses.append(F.cross_entropy(logits, torch.tensor(target), reduction="none"))
+    torch.cat(losses).mean().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def norm(gradients):
+    return torch.cat([g.flatten() for g in gradients]).norm().item()
+
+
+def test_loss_is_the_mean_over_the_trained_tokens():
+    """Pitfall 9: each trained token of a step counts the same, also those of a long example next to a short one. And what
+    moves the weights is AdamW with the flags' settings."""
+    student, examples = tiny_student(), [([5, 6], [7, 0]), ([8] * 9, list(range(10, 90)) + [0]), ([9, 4, 3], [3, 2, 0])]
+    wanted = gradients_of(student.model, examples)
+    assert norm(wanted) < 1, "the case should not need clipping"
+    plain = copy.deepcopy(student.model)
+    with Recorder() as record:
+        fine_tune(student, examples, 1, settings(lr=3e-3, weight_decay=0.1), 0, "test")
+    [step] = record.steps
+    for ours, theirs in zip(step.gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    assert (step.kind, step.weight_decay, step.betas) == (torch.optim.AdamW, 0.1, (0.9, 0.95))
+
+    for p, gradient in zip(plain.parameters(), step.gradients):
+        p.grad = gradient
+    torch.optim.AdamW(plain.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1).step()
+    for ours, theirs in zip(student.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_are_clipped_to_norm_1():
+    """One odd batch must not throw the student off: its gradient keeps its direction and loses its length."""
+    student, examples = tiny_student(), ragged_examples(4)
+    with torch.no_grad():
+        for p in student.model.parameters():
+            p *= 8
+    wanted = gradients_of(student.model, examples)
+    assert norm(wanted) > 5, "the case should need clipping"
+    with Recorder() as record:
+        fine_tune(student, examples, 1, settings(), 0, "test")
+    assert norm(record.steps[0].gradients) == pytest.approx(1, abs=1e-3)
+    for ours, theirs in zip(record.steps[0].gradients, wanted, strict=True):
+        torch.testing.assert_close(ours * norm(wanted), theirs, atol=1e-3, rtol=1e-2)
+
+
+def test_gradients_do_not_pile_up():
+    """Each step sees its own batch only: the gradients of the one before are gone."""
+    student, examples = tiny_student(), ragged_examples(4)
+    with Recorder() as record:
+        fine_tune(student, examples, 3, settings(lr=1e-4), 0, "test")
+    model = tiny_student().model
+    for step in record.steps:
+        for p, weight in zip(model.parameters(), step.weights):
+            p.data = weight
+        assert norm(step.gradients) == pytest.approx(min(1, norm(gradients_of(model, examples))), rel=1e-3)
+
+
+def test_learning_rate_warms_up_and_falls_to_nearly_0():
+    """Linear both ways; the last step still moves something."""
+    with Recorder() as record:
+        fine_tune(tiny_student(), ragged_examples(8), 20, settings(lr=1e-2, warmup=4), 0, "test")
+    rates = [step.lr for step in record.steps]
+    assert len(rates) == 20
+    assert rates[0] == pytest.approx(1e-2 / 4) and rates[:4] == sorted(rates[:4])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert max(rates) > 7e-3 and 0 < rates[-1] < 1e-3
+
+
+def test_training_lowers_the_loss(capsys):
+    """A tiny set is learned in 60 steps: the loss that the log shows falls, and so does the one measured here."""
+    student, by_id = tiny_student(), {q.id: q for q in QUESTIONS}
+    examples = [(student.prompt(by_id[r.id]), student.target(r)) for r in TEACHER[:12]]
+
+    def loss():
+        tokens, targets = collate(examples)
+        with torch.no_grad():
+            return F.cross_entropy(student.model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE).item()
+
+    before = loss()
+    fine_tune(student, examples, 60, settings(batch_size=12, lr=2e-2), 0, "learn")
+    assert loss() < before / 3
+    logged = [float(loss) for loss in re.findall(r"learn: step \d+/60, loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(logged) >= 3 and logged[-1] < logged[0] and logged[-1] == pytest.approx(loss(), abs=0.2)
+
+
+def test_same_seed_gives_the_same_weights_to_the_bit():
+    """And another seed gives others: the order of the examples is what it decides."""
+    def trained(seed):
+        student = tiny_student()
+        torch.manual_seed(random.randrange(10 ** 6))  # nobody else's random numbers may matter
+        fine_tune(student, ragged_examples(20), 8, settings(), seed, "test")
+        return [p.detach() for p in student.model.parameters()]
+
+    first = trained(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, trained(3), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, trained(4)))
+
+
+def test_bfloat16_arithmetic_keeps_float32_weights():
+    """--dtype bfloat16: the weights are updated in float32, where a small step is not rounded away."""
+    student = tiny_student()
+    before = [p.detach().clone() for p in student.model.parameters()]
+    fine_tune(student, ragged_examples(4), 1, settings(dtype="bfloat16", lr=1e-5), 0, "test")
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.model.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def test_help_gives_every_flag_with_its_default(capsys):
+    """And each with a word on what it is."""
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--help"])
+    assert stopped.value.code == 0
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]}
+    for name, default in vars(parse_args([])).items():
+        flag = "--" + name.replace("_", "-")
+        entry = re.sub(r"\s+", " ", entries[flag])
+        assert len(entry.split()) > 3, f"{entry}: says nothing"
+        shown = re.search(r"default: ([^ )]+)", entry)
+        assert default is False or shown and (shown[1] == str(default) or float(shown[1]) == default), entry
+
+
+def test_defaults_run_the_embedded_example():
+    """`python train.py --iters 3` needs no other flag, from any folder."""
+    args = parse_args([])
+    assert (args.data / "train.jsonl").is_file() and (args.data / "teacher.jsonl").is_file()
+    assert args.model.is_absolute() and args.data.is_absolute()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data and run folder
+
+
+def write_data(folder):
+    folder.mkdir()
+    for name, questions in {"train": QUESTIONS, "test": QUESTIONS[:2], "other": QUESTIONS[2:5]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"id": q.id, "question": q.text, "answer": str(q.answer)}) + "\n" for q in questions))
+    train.write_rationales(folder / "teacher.jsonl", TEACHER)
+    return folder
+
+
+def test_held_out_questions_are_not_trained_on(tmp_path):
+    """Neither they nor the teacher's texts about them; which they are depends on the seed."""
+    folder = write_data(tmp_path / "data")
+    questions, teacher, sets = read_data(folder, 0.25, 0)
+    assert {name: len(asked) for name, asked in sets.items()} == {"held-out": 3, "test": 2, "other": 3}
+    held_out = {q.id for q in sets["held-out"]}
+    assert len(held_out) == 3 and held_out.isdisjoint(q.id for q in questions) and held_out.isdisjoint(r.id for r in teacher)
+    assert len(questions) == 9 and len(teacher) == 27
+    assert read_data(folder, 0.25, 0) == (questions, teacher, sets)
+    assert any(read_data(folder, 0.25, seed)[2]["held-out"] != sets["held-out"] for seed in range(1, 5))
+    assert list(read_data(folder, 0, 0)[2]) == ["test", "other"]
+
+
+def test_rationales_are_read_as_they_were_written(tmp_path):
+    """self.jsonl and mix.jsonl say all that is known of a text, whatever characters it holds."""
+    rationales = [Rationale("q1", "pot", "# Äpfel\u2028\u0000\nanswer = 1", "student", False, True), *TEACHER]
+    train.write_rationales(tmp_path / "mix.jsonl", rationales)
+    assert read_rationales(tmp_path / "mix.jsonl", QUESTIONS) == rationales
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    """A full disk or a kill in the middle must not cost the metrics of the models before."""
+    path = tmp_path / "metrics.jsonl"
+    write_file(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(path, "half of the new text " * 1000 + "\ud800")
+    assert path.read_text() == "old"
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(train.os, "replace", fail)
+    with pytest.raises(OSError):
+        write_file(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_file(path, "new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def flags(tmp_path, *more):
+    """Flags of a run of milliseconds, with a student and data in tmp_path."""
+    if not (tmp_path / "data").exists():
+        write_data(tmp_path / "data")
+        tiny_student().save(tmp_path / "model")
+    return ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+            "--iters", "1", "--samples", "1", "--max-new-tokens", "8", "--held-out", "0.1", "--epochs", "1",
+            "--batch-size", "8", "--device", "cpu", *more]
+
+
+def run_main(monkeypatch, arguments):
+    """The command in this process; returns the lines of metrics.jsonl."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train.main()
+    return [json.loads(line) for line in (parse_args(arguments).out / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_combined(tmp_path, *more, **how):
+    args = parse_args(flags(tmp_path, *more))
+    folder = RunFolder(args)
+    steps = train.follow("combined", args, read_data(args.data, args.held_out, 0), folder, 0,
+                         **({"mode": "all", "iterations": 0} | how))
+    return folder, steps
+
+
+def test_over_long_examples_are_left_out_and_counted(tmp_path, capsys):
+    """Pitfall 3: cut to size they would teach to stop in the middle; left out in silence, nobody would know."""
+    student, by_id = tiny_student(), {q.id: q for q in QUESTIONS}
+    lengths = sorted(len(student.prompt(by_id[r.id])) + len(student.target(r)) for r in TEACHER)
+    with Recorder() as record:
+        folder, steps = train_combined(tmp_path, "--held-out", "0", "--max-length", str(lengths[20]), "--batch-size", "64")
+    out = capsys.readouterr().out
+    n_long = sum(length > lengths[20] for length in lengths)
+    assert 0 < n_long < len(TEACHER) and re.search(rf"\b{n_long} of {len(TEACHER)}\b.*--max-length {lengths[20]}\b", out)
+    kept = [(student.prompt(by_id[r.id]), student.target(r)) for r in TEACHER]
+    kept = [e for e in kept if len(e[0]) + len(e[1]) <= lengths[20]]
+    assert len(record.steps) == steps == 1
+    assert norm(record.steps[0].gradients) == pytest.approx(min(1, norm(gradients_of(student.model, kept))), rel=1e-3)
+
+
+def test_no_warning_if_everything_fits(tmp_path, capsys):
+    """The count is shown only where there is something to count."""
+    train_combined(tmp_path)
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, how, steps", [
+    (["--epochs", "1"], {}, 5), (["--epochs", "2.5"], {}, 12), (["--batch-size", "36"], {}, 1), ([], {"total_steps": 3}, 3),
+    ([], {"strategy": "pot"}, 2)])
+def test_steps_by_hand(tmp_path, more, how, steps):
+    """36 texts in batches of 8 are 5 steps an epoch; a single strategy has 12 texts; or as many steps as demanded."""
+    with Recorder() as record:
+        folder, counted = train_combined(tmp_path, "--held-out", "0", *more, **how)
+    assert len(record.steps) == counted == steps
+    assert folder.find(set="test")[0]["steps"] == steps
+    mixed = read_rationales(folder.model_folder(0, "combined", 0) / "mix.jsonl", QUESTIONS)
+    assert {r.strategy for r in mixed} == ({how["strategy"]} if "strategy" in how else set(STRATEGIES))
+
+
+def test_run_folder_refuses_other_settings_by_name(tmp_path):
+    """A folder must not hold models of two settings: the message names each flag that differs, with both values."""
+    RunFolder(parse_args(flags(tmp_path, "--lr", "0.25", "--mix", "all")))
+    (tmp_path / "out/metrics.jsonl").write_text('{"run": "combined"}\n')  # something has been trained
+    with pytest.raises(ValueError) as error:
+        RunFolder(parse_args(flags(tmp_path, "--lr", "0.5", "--mix", "self")))
+    for words in ("--lr", "0.25", "0.5", "--mix", "all", "self", str(tmp_path / "out")):
+        assert words in str(error.value)
+    assert "--samples" not in str(error.value)
+
+
+def test_run_folder_goes_on_with_the_same_settings(tmp_path):
+    """More iterations, seeds or comparisons, and whatever does not change the results, may be asked for later."""
+    RunFolder(parse_args(flags(tmp_path)))
+    (tmp_path / "out/metrics.jsonl").write_text('{"run": "combined"}\n')
+    folder = RunFolder(parse_args(flags(tmp_path, "--iters", "2", "--seeds", "3", "--compare", "--rows", "7")))
+    assert folder.metrics == [{"run": "combined"}]
+    assert json.loads((tmp_path / "out/args.json").read_text())["iters"] == 2
+
+
+def test_mistyped_first_try_does_not_block_the_run_folder(tmp_path, monkeypatch):
+    """Nothing was trained with the wrong flag, so the right one is no "other setting"."""
+    mistyped = flags(tmp_path)
+    mistyped[mistyped.index("--model") + 1] = str(tmp_path / "modle")
+    with pytest.raises(FileNotFoundError):
+        run_main(monkeypatch, mistyped)
+    assert run_main(monkeypatch, flags(tmp_path))
+
+
+def test_iterations_added_later_are_those_of_one_run(tmp_path, monkeypatch):
+    """Pitfall 17: --iters 1 and then --iters 2 end as --iters 2 at once: the same random texts, weights and metrics. So the
+    second round starts from the weights of the first, and draws from its seed alone."""
+    run_main(monkeypatch, flags(tmp_path))
+    twice = run_main(monkeypatch, flags(tmp_path, "--iters", "2"))
+    once = run_main(monkeypatch, flags(tmp_path, "--iters", "2", "--out", str(tmp_path / "once")))
+    assert [line | {"seconds": 0} for line in twice] == [line | {"seconds": 0} for line in once]
+    assert [line["iteration"] for line in once if line["set"] == "test"] == [0, 1, 2]
+    files = [path for name in ("self.jsonl", "model.safetensors") for path in (tmp_path / "once").rglob(name)]
+    assert len(files) == 6
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "once")).read_bytes(), path
+    assert len({path.read_bytes() for path in files if path.name == "model.safetensors"}) == 3
+
+
+def test_comparison_stays_fair_when_iterations_are_added(tmp_path, monkeypatch):
+    """The rows of equal compute have as many steps as the longest run of SIKeD, also if that grew after their training."""
+    for iters in ("1", "2"):
+        lines = run_main(monkeypatch, flags(tmp_path, "--compare", "--iters", iters))
+        steps = {line["run"]: line["steps"] for line in lines if line["set"] == "test"}  # of each run's last model
+        equal = {run: steps.pop(run) for run in ("combined-same-steps", "cot-only", "l2m-only", "pot-only")}
+        assert set(equal.values()) == {max(steps.values())}, (equal, steps)
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "teacher"])
+def test_comparison_includes_the_mix_that_was_asked_for(tmp_path, monkeypatch, mode):
+    """--compare adds runs to the one of --mix, also if that is none of the usual ones."""
+    lines = run_main(monkeypatch, flags(tmp_path, "--compare", "--mix", mode))
+    assert any(mode in line["run"] for line in lines)
+
+
+def test_run_without_teacher_texts_is_refused(tmp_path, monkeypatch):
+    """An empty teacher.jsonl would give a "trained" student that was never trained."""
+    arguments = flags(tmp_path)
+    (tmp_path / "data/teacher.jsonl").write_text("")
+    with pytest.raises(ValueError, match="teacher.jsonl"):
+        run_main(monkeypatch, arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is printed
+
+
+def test_table_by_hand():
+    """Floats as per cent, None as a dash, the rest as it is; all lines equally wide, as Markdown."""
+    rows = [{"model": "combined", "test": 0.5, "alpha": None, "steps": 12},
+            {"model": "b", "test": 1.0, "alpha": 0.25, "steps": 7}]
+    lines = format_table(rows).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["model", "test", "alpha", "steps"]
+    assert all(set(cell) == {"-"} for cell in cells[1])
+    assert cells[2:] == [["combined", "50.0", "-", "12"], ["b", "100.0", "25.0", "7"]]
+    assert len({len(line) for line in lines}) == 1 and all(line[0] == line[-1] == "|" for line in lines)
+
+
+def test_report_gives_mean_and_spread_over_seeds(tmp_path, capsys):
+    """Accuracies 0.5 and 0.7: mean 60, standard deviation 14.1 (of a sample: n - 1); one None makes the mean unknown."""
+    folder = RunFolder(parse_args(flags(tmp_path)))
+    for seed, accuracy in enumerate([0.5, 0.7]):
+        folder.metrics += [{"seed": seed, "run": "siked-all", "iteration": 1, "set": name, "accuracy": accuracy,
+                            "share": {"cot": 0.5, "l2m": 0.25, "pot": 0.25}, "alpha": 0.25, "KL": None if seed else 0.5,
+                            "steps": 3, "seconds": 1.0} for name in ("held-out", "test")]
+    train.write_report(folder)
+    report, shown = (tmp_path / "out/report.md").read_text(), capsys.readouterr().out
+    table = [line for line in report.splitlines() if line.startswith("|")]
+    header, _, row = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    cells = dict(zip(header, row, strict=True))
+    assert cells["test"] == cells["held-out"] == "60.0 ± 14.1"
+    assert cells["model"] == "siked-all 1" and cells["KL"] == "-" and cells["cot share"].startswith("50")
+    assert all(line in shown for line in table)

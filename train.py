@@ -1,0 +1,385 @@
+"""Trains a student by SIKeD: the command line, the SFT loop and the run folder. The method itself is in siked.py.
+
+    python train.py --iters 3                               # the embedded student and word problems, minutes on a laptop
+    python train.py --iters 3 --compare --seeds 3           # and everything that SIKeD is compared with, three times
+    python train.py --model GEMMA_FOLDER --data GSM8K_FOLDER --out RUN_FOLDER --iters 3     # real checkpoint, real data
+
+--data holds train.jsonl, teacher.jsonl, test.jsonl; every further *.jsonl file is an out-of-distribution set.
+The run folder (--out) gets args.json, metrics.jsonl (one line per model and set), report.md, and a folder per model.
+The same command goes on where it was stopped: finished models are not trained again.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import siked
+from siked import MODES, STRATEGIES, Student
+
+HERE = Path(__file__).resolve().parent
+IGNORE = -100  # the target at positions that the loss leaves out
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float in a range; the error names the flag, the value and the range."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" by it
+    return parse
+
+
+def device(text):
+    """An argparse type: a device that this machine has."""
+    try:
+        return str(torch.zeros(1, device=text).device.type)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        """The docstring as it stands, and each flag with its default."""
+
+    parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__, formatter_class=Help)
+    group = parser.add_argument_group("what to run").add_argument
+    group("--model", type=Path, default=HERE / "data/student", help="student: a Hugging Face folder (the embedded one)")
+    group("--data", type=Path, default=HERE / "data/toy", help="folder with train.jsonl, teacher.jsonl, test.jsonl (the embedded ones)")
+    group("--out", type=Path, default=Path("out"), help="run folder")
+    group("--iters", type=number(int, 0), default=3, help="SIKeD iterations after the first distillation")
+    group("--seed", type=number(int, 0), default=0, help="seed of everything random")
+    group("--seeds", type=number(int, 1), default=1, help="repeat the run with so many seeds, from --seed on")
+    group("--compare", action="store_true", help="also run single strategies, equal compute, self only and the other mixes")
+    group = parser.add_argument_group("the method").add_argument
+    group("--mix", choices=MODES, default="adaptive", help="step 4: which rationales are trained on")
+    group("--adaptive-per", choices=("question", "strategy"), default="question", help="step 4, adaptive: what the student must have failed at for teacher data")
+    group("--samples", type=number(int, 1), default=2, help="step 3: self-generated texts per question and strategy, K (paper 10)")
+    group("--keep", type=number(int, 1), default=1, help="step 3: correct distinct texts kept per question and strategy")
+    group("--temperature", type=number(float, 0), default=0.7, help="of self-generation")
+    group("--top-p", type=number(float, 1e-6, 1), default=0.95, help="of self-generation")
+    group("--max-new-tokens", type=number(int, 1), default=200, help="of a generated text, the end token included (paper 512)")
+    group("--held-out", type=number(float, 0, 0.9), default=0.1, help="share of training questions kept for choosing settings")
+    group = parser.add_argument_group("training").add_argument
+    group("--epochs", type=number(float, 1e-6), default=3, help="passes over the mix per iteration")
+    group("--batch-size", type=number(int, 1), default=16, help="examples per optimizer step")
+    group("--lr", type=number(float, 0), default=2e-3, help="peak learning rate, linear warm-up and decay")
+    group("--warmup", type=number(int, 1), default=20, help="optimizer steps")
+    group("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
+    group("--max-length", type=number(int, 2), default=512, help="longer examples are left out and counted (paper 1024)")
+    group("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic in training; weights stay float32")
+    group("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    group("--rows", type=number(int, 1), default=256, help="texts generated at once; fewer need less memory")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the SFT loop
+
+
+def make_batches(examples, batch_size: int, seed: int):
+    """Endless epochs of batches; the order depends on the seed alone.
+
+    An epoch is shuffled, cut into stretches of 16 batches, and each stretch sorted by length, so that a batch holds
+    examples of alike length and little padding; then the batches are shuffled.
+    """
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(examples, len(examples))
+        batches = []
+        for start in range(0, len(order), 16 * batch_size):
+            stretch = sorted(order[start:start + 16 * batch_size], key=lambda e: len(e[0]) + len(e[1]))
+            batches += [stretch[i:i + batch_size] for i in range(0, len(stretch), batch_size)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def collate(batch):
+    """[(prompt ids, target ids)] -> tokens (B, T) and targets (B, T), padded on the right.
+
+    targets[b, t] is the id that should follow tokens[b, t]: the target's ids and its end token, IGNORE elsewhere. Padding
+    is told by position, never by id, so that an end token that is also the padding id is trained all the same.
+    """
+    length = max(len(prompt) + len(target) for prompt, target in batch) - 1
+    tokens = torch.zeros(len(batch), length, dtype=torch.int64)
+    targets = torch.full((len(batch), length), IGNORE)
+    for row, (prompt, target) in enumerate(batch):
+        ids = torch.tensor(prompt + target)
+        tokens[row, :len(ids) - 1] = ids[:-1]
+        targets[row, len(prompt) - 1:len(ids) - 1] = ids[len(prompt):]
+    return tokens, targets
+
+
+def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str) -> None:
+    """Trains the student's model in place for `steps` optimizer updates on examples [(prompt ids, target ids)].
+
+    The loss is the mean over the step's trained tokens, so that a long rationale counts for each of its tokens. Only
+    trained positions go through the output layer.
+    """
+    model = student.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / args.warmup) * (1 - step / steps))
+    started, n_tokens = time.time(), 0
+    with tqdm(total=steps, desc=name, unit="step", disable=None, leave=False) as bar:
+        for step, batch in zip(range(1, steps + 1), make_batches(examples, args.batch_size, seed)):
+            tokens, targets = (part.to(args.device) for part in collate(batch))     # (B, T)
+            trained = targets != IGNORE                                             # (B, T)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                logits = model.output(model.hidden(tokens)[trained])                # (trained tokens, V)
+                loss = F.cross_entropy(logits.float(), targets[trained], reduction="sum") / trained.sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.update()
+            n_tokens += tokens.numel()
+            if step % max(1, steps // 4) == 0:
+                seconds = time.time() - started
+                tqdm.write(f"{name}: step {step}/{steps}, loss {loss.item():.3f}, {n_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run folder
+
+
+@contextmanager
+def progress(total: int, name: str):
+    """A bar on a terminal, one plain line elsewhere; yields the function that moves it."""
+    started = time.time()
+    with tqdm(total=total, desc=name, unit="text", disable=None, leave=False) as bar:
+        yield bar.update
+    tqdm.write(f"{name}: {total:,} texts, {time.time() - started:.0f} s")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes beside and renames, so that a stop in the middle leaves the old file or the new one, never half of one."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_rationales(path: Path, rationales) -> None:
+    write_file(path, "".join(json.dumps(asdict(rationale), ensure_ascii=False) + "\n" for rationale in rationales))
+
+
+class RunFolder:
+    """args.json, metrics.jsonl, and a folder per trained model. Opening the folder of an earlier run goes on with it."""
+
+    def __init__(self, args):
+        self.path = args.out
+        self.path.mkdir(parents=True, exist_ok=True)
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        file = self.path / "args.json"
+        self.metrics = []
+        if (self.path / "metrics.jsonl").is_file():
+            self.metrics = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        if self.metrics:
+            free = ("iters", "seeds", "compare", "out", "device", "rows")  # these may grow or change from run to run
+            before = json.loads(file.read_text())
+            changed = [name for name in settings if name not in free and settings[name] != before.get(name)]
+            if changed:
+                raise ValueError(f"{self.path} holds a run of other settings: " + ", ".join(
+                    f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed)
+                    + ". Choose another --out, or delete the folder.")
+        write_file(file, json.dumps(settings, indent=1) + "\n")
+
+    def model_folder(self, seed: int, run: str, iteration: int) -> Path:
+        return self.path / f"seed-{seed}" / (f"{run}-{iteration}" if iteration else run)
+
+    def find(self, **wanted) -> list[dict]:
+        return [line for line in self.metrics if all(line[name] == value for name, value in wanted.items())]
+
+    def add(self, student: Student, seed: int, run: str, result: siked.Iteration, steps: int, seconds: float):
+        """Saves a trained model with its texts, then its metrics: a model whose metrics are there is complete.
+
+        steps: optimizer updates since --model, those of the models that this one comes from included.
+        """
+        folder = self.model_folder(seed, run, result.number)
+        student.save(folder)
+        write_rationales(folder / "self.jsonl", result.generated)
+        write_rationales(folder / "mix.jsonl", result.training_mix)
+        replaced = self.find(seed=seed, run=run, iteration=result.number)
+        self.metrics = [line for line in self.metrics if line not in replaced]
+        self.metrics += [{"seed": seed, "run": run, "iteration": result.number, "set": name, **measures, **result.figure_2,
+                          "steps": steps, "seconds": round(seconds, 1)} for name, measures in result.measures.items()]
+        write_file(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.metrics))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+def read_data(folder: Path, share_held_out: float, seed: int):
+    """(training questions, teacher rationales of these, dict of evaluation sets) from a data folder."""
+    questions = siked.read_questions(folder / "train.jsonl")
+    teacher = siked.read_rationales(folder / "teacher.jsonl", questions)
+    if not teacher:
+        raise ValueError(f"{folder / 'teacher.jsonl'}: no rationales in it")
+    n_held_out = round(share_held_out * len(questions))
+    held_out = random.Random(seed).sample(questions, n_held_out)
+    out = {question.id for question in held_out}
+    others = sorted(set(folder.glob("*.jsonl")) - {folder / f"{name}.jsonl" for name in ("train", "teacher", "test")})
+    sets = {"held-out": held_out} if held_out else {}
+    sets |= {path.stem: siked.read_questions(path) for path in (folder / "test.jsonl", *others)}
+    return [q for q in questions if q.id not in out], [r for r in teacher if r.id not in out], sets
+
+
+def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, iterations: int, start: str = "",
+           strategy: str = "", total_steps: int = 0) -> int:
+    """Trains the models of one run, without those that an earlier call has finished.
+
+    Returns the optimizer steps that led to the last of them, counted from --model.
+
+    start           the run whose model this one goes on from, as its iteration 0; otherwise it begins with --model
+    strategy        only the teacher rationales of this strategy
+    total_steps     optimizer steps, instead of --epochs
+    """
+    questions, teacher, sets = data
+    teacher = [r for r in teacher if strategy in ("", r.strategy)]
+    by_id = {question.id: question for question in questions}
+    done = folder.find(seed=seed, run=run, **({"steps": total_steps} if total_steps else {})) or folder.find(seed=seed, run=start)
+    first, steps, previous = 0, 0, args.model
+    if done:
+        first, steps = done[-1]["iteration"] + 1, done[-1]["steps"]
+        previous = folder.model_folder(seed, done[-1]["run"], done[-1]["iteration"])
+
+    def train_on(student, rationales, iteration, size):
+        examples = [(student.prompt(by_id[r.id]), student.target(r)) for r in rationales]
+        fitting = [e for e in examples if len(e[0]) + len(e[1]) <= args.max_length]
+        if len(fitting) < len(examples):
+            print(f"{run} {iteration}: {len(examples) - len(fitting)} of {len(examples)} examples are longer than "
+                  f"--max-length {args.max_length} and left out")
+        if not fitting:
+            print(f"{run} {iteration}: nothing to train on, the weights stay as they are")
+            return 0
+        count = total_steps or math.ceil(size * args.epochs / args.batch_size)
+        fine_tune(student, fitting, count, args, seed + iteration, f"{run} {iteration}")
+        return count
+
+    if first <= iterations:
+        student = Student.load(previous, args.max_new_tokens, args.rows, device=args.device)
+        started = time.time()
+        for result in siked.siked(student, questions, teacher, train_on, sets, mode=mode, adaptive_per=args.adaptive_per,
+                                  iterations=iterations, samples=args.samples, keep=args.keep, first=first, seed=1000 * seed,
+                                  temperature=args.temperature, top_p=args.top_p, progress=progress):
+            steps += result.steps
+            folder.add(student, seed, run, result, steps, time.time() - started)
+            print_iteration(run, result, questions)
+            started = time.time()
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is printed and reported
+
+
+def format_table(rows: list[dict]) -> str:
+    """A Markdown table with aligned columns: floats as per cent, None as a dash."""
+    def cell(value):
+        return "-" if value is None else f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+    columns = [[name, *(cell(row[name]) for row in rows)] for name in rows[0]]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in zip(*columns)]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def print_iteration(run: str, result: siked.Iteration, questions) -> None:
+    """The table row per strategy, and one question that the student solved in one strategy and not in another."""
+    test, mixed = result.measures["test"], siked.count_strategies(result.training_mix)
+    generated, own = siked.count_strategies(result.generated), siked.count_strategies(result.own)
+    correct = siked.count_strategies(r for r in result.generated if r.correct)
+    from_teacher = siked.count_strategies(r for r in result.training_mix if r.source == "teacher")
+    print(f"\n{run}, iteration {result.number}: the mix, and the student on the test set (%)")
+    print(format_table([{
+        "strategy": s, "generated": generated[s], "correct": correct[s], "kept": own[s], "from teacher": from_teacher[s],
+        "share of mix": mixed[s] / max(len(result.training_mix), 1), "share of answers": test["share"][s],
+        "accuracy of these": test["accuracy_within"][s], "accuracy if forced": test["forced"][s]} for s in STRATEGIES]))
+    for kind, measures in test["kinds"].items():
+        print(f"{kind}: {100 * measures['accuracy']:.1f}, forced " + ", ".join(
+            f"{s} {100 * accuracy:.1f}" for s, accuracy in measures["forced"].items()))
+    print("accuracy: " + ", ".join(f"{name} {100 * m['accuracy']:.1f}" for name, m in result.measures.items()))
+    if result.number == 0:
+        return print(flush=True)
+    print(f"alpha {result.figure_2['alpha']:.3f}, KL(mix || student) "
+          + (f"{result.figure_2['KL']:.4f}" if result.own else "-: no correct text of the student's own"))
+    first = {}
+    for r in result.generated:
+        first.setdefault(r.id, {}).setdefault(r.strategy, r)
+    for question in questions:
+        texts = first[question.id].values()
+        if len({r.correct for r in texts}) == 2:
+            print(f"{question.text} ({question.answer})")
+            for r in texts:
+                print(f"  {'right' if r.correct else 'wrong'} [{r.strategy}]: " + r.text.replace("\n", "\n" + " " * 15))
+            break
+    print(flush=True)
+
+
+def write_report(folder: RunFolder) -> None:
+    """The table of all models, mean and standard deviation over the seeds, on the screen and as report.md."""
+    def mean(values, scale=100, digits=1):
+        if None in values:
+            return "-"
+        spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{scale * statistics.mean(values):.{digits}f}{spread}"
+
+    rows = []
+    for run, iteration in dict.fromkeys((line["run"], line["iteration"]) for line in folder.metrics):
+        lines = folder.find(run=run, iteration=iteration)
+        by_set = {name: [line for line in lines if line["set"] == name] for name in dict.fromkeys(l["set"] for l in lines)}
+        test = by_set["test"]
+        rows.append({
+            "model": f"{run} {iteration}" if iteration else run,
+            **{name: mean([line["accuracy"] for line in of]) for name, of in by_set.items()},
+            **{f"{s} share": mean([line["share"][s] for line in test], digits=0) for s in STRATEGIES},
+            "alpha": mean([line["alpha"] for line in test], 1, 2), "KL": mean([line["KL"] for line in test], 1, 3),
+            "steps": mean([line["steps"] for line in test], 1, 0), "seconds": mean([line["seconds"] for line in test], 1, 0)})
+    table = format_table(rows)
+    print(f"\nAll models: accuracy and share of answers in %\n{table}")
+    write_file(folder.path / "report.md", f"# SIKeD run\n\n`{' '.join(sys.argv)}`\n\n{table}\n")
+    print(f"The table is in {folder.path / 'report.md'}, everything measured in {folder.path / 'metrics.jsonl'}.")
+
+
+def main() -> None:
+    args = parse_args()
+    folder = RunFolder(args)
+    for seed in range(args.seed, args.seed + args.seeds):
+        data = read_data(args.data, args.held_out, seed)
+        questions, teacher, sets = data
+        print(f"seed {seed}: {len(questions)} training questions, {len(teacher)} teacher rationales; to evaluate on: "
+              + ", ".join(f"{name} {len(asked)}" for name, asked in sets.items()))
+        follow("combined", args, data, folder, seed, mode="all", iterations=0)
+        modes = dict.fromkeys(("all", "adaptive", "self", args.mix) if args.compare else (args.mix,))
+        steps = max(follow(f"siked-{mode}" if mode in ("all", "adaptive") else f"{mode}-only", args, data, folder, seed,
+                           mode=mode, iterations=args.iters, start="combined") for mode in modes)
+        if args.compare:
+            follow("combined-same-steps", args, data, folder, seed, mode="all", iterations=0, total_steps=steps)
+            for strategy in STRATEGIES:
+                follow(f"{strategy}-only", args, data, folder, seed, mode="all", iterations=0, strategy=strategy,
+                       total_steps=steps)
+    write_report(folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
