@@ -239,6 +239,15 @@ def read_data(folder: Path, share_held_out: float, seed: int):
     return [q for q in questions if q.id not in out], [r for r in teacher if r.id not in out], sets
 
 
+def check_lengths(student: Student, questions) -> None:
+    """Before hours of training: does an answer to the longest question fit?"""
+    longest = max(len(student.prompt(question, strategy)) for question in questions for strategy in STRATEGIES)
+    positions = student.model.config.max_position_embeddings
+    if longest + student.max_new_tokens > positions:
+        raise ValueError(f"--max-new-tokens {student.max_new_tokens} and the {longest} tokens of the longest question are "
+                         f"more than the student's {positions} positions")
+
+
 def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, iterations: int, start: str = "",
            strategy: str = "", total_steps: int = 0) -> int:
     """Trains the models of one run, without those that an earlier call has finished.
@@ -273,6 +282,7 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
 
     if first <= iterations:
         student = Student.load(previous, args.max_new_tokens, args.rows, device=args.device)
+        check_lengths(student, [question for asked in (questions, *sets.values()) for question in asked])
         started = time.time()
         for result in siked.siked(student, questions, teacher, train_on, sets, mode=mode, adaptive_per=args.adaptive_per,
                                   iterations=iterations, samples=args.samples, keep=args.keep, first=first, seed=1000 * seed,
@@ -306,11 +316,12 @@ def print_iteration(run: str, result: siked.Iteration, questions) -> None:
     generated, own = siked.count_strategies(result.generated), siked.count_strategies(result.own)
     correct = siked.count_strategies(r for r in result.generated if r.correct)
     from_teacher = siked.count_strategies(r for r in result.training_mix if r.source == "teacher")
+    cut_off = siked.count_strategies(r for r in result.generated if not r.finished)
     print(f"\n{run}, iteration {result.number}: the mix, and the student on the test set (%)")
     print(format_table([{
-        "strategy": s, "generated": generated[s], "correct": correct[s], "kept": own[s], "from teacher": from_teacher[s],
-        "share of mix": mixed[s] / max(len(result.training_mix), 1), "share of answers": test["share"][s],
-        "accuracy of these": test["accuracy_within"][s], "accuracy if forced": test["forced"][s]} for s in STRATEGIES]))
+        "strategy": s, "generated": generated[s], "cut off": cut_off[s], "correct": correct[s], "kept": own[s],
+        "from teacher": from_teacher[s], "share of mix": mixed[s] / max(len(result.training_mix), 1),
+        "share of answers": test["share"][s], "accuracy of these": test["accuracy_within"][s], "accuracy if forced": test["forced"][s]} for s in STRATEGIES]))
     for kind, measures in test["kinds"].items():
         print(f"{kind}: {100 * measures['accuracy']:.1f}, forced " + ", ".join(
             f"{s} {100 * accuracy:.1f}" for s, accuracy in measures["forced"].items()))
