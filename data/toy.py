@@ -96,9 +96,9 @@ def tell_tally(rng: random.Random, unseen: bool, longer: bool) -> Story:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     start = value = rng.randint(10, 60)
     text, steps = f"{name} has {start} {item}.", []
-    length = rng.randint(7, 8) if longer else rng.randint(3, 6)
+    length = rng.randint(9, 10) if longer else rng.randint(4, 8)
     while len(steps) < length:
-        op = rng.choice("++--*/")
+        op = rng.choice("+-*/")
         n = 2 if op in "*/" else rng.randint(2, 20)
         if op == "/" and value % 2 or not 1 <= apply(value, op, n) <= 99 or steps and steps[-1].op in "*/" and op in "*/":
             continue
