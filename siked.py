@@ -154,17 +154,15 @@ class Student:
         """Reads a Hugging Face folder. kwargs (dtype, device) go to Decoder.from_pretrained, as do its errors."""
         folder, stop_ids = Path(folder), []
         model = Decoder.from_pretrained(folder, **kwargs)
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{folder / 'tokenizer.json'}: no such file")
         try:
             for name in ("config.json", "generation_config.json"):
                 if (folder / name).is_file():
                     ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
                     stop_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
             name = "tokenizer.json"
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name}: no such file")
             tokenizer = Tokenizer.from_file(str(folder / name))
-        except FileNotFoundError:
-            raise
         except Exception as error:  # tokenizers raises nothing more special
             raise ValueError(f"{folder / name} cannot be read: {error}") from None
         if not stop_ids:

@@ -188,8 +188,8 @@ def main() -> None:
         model_type="llama", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, intermediate_size=512,
         num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         initializer_range=0.08, extra={"eos_token_id": tokenizer.token_to_id(END)}))
-    # Muon for the matrices inside the layers: looking things up in a story appears after about 4M tokens, with AdamW
-    # alone it had not after 10M. With "match_rms_adamw" one learning rate serves both.
+    # Muon for the matrices inside the layers: on practise_recall alone the loss was 1.24 after 0.6M tokens, with AdamW
+    # and the same initialisation and learning rate 1.63. With "match_rms_adamw" one learning rate serves both.
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [torch.optim.Muon(inside, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
