@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__, formatter_class=Help)
     group = parser.add_argument_group("what to run").add_argument
     group("--model", type=Path, default=HERE / "data/student", help="student: a Hugging Face folder (the embedded one)")
-    group("--data", type=Path, default=HERE / "data/toy", help="folder with train.jsonl, teacher.jsonl, test.jsonl (the embedded ones)")
+    group("--data", type=Path, default=HERE / "data/toy", help="folder with {train,teacher,test}.jsonl (the embedded one)")
     group("--out", type=Path, default=Path("out"), help="run folder")
     group("--iters", type=number(int, 0), default=3, help="SIKeD iterations after the first distillation")
     group("--seed", type=number(int, 0), default=0, help="seed of everything random")
@@ -66,7 +67,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--compare", action="store_true", help="also run single strategies, equal compute, self only and the other mixes")
     group = parser.add_argument_group("the method").add_argument
     group("--mix", choices=MODES, default="adaptive", help="step 4: which rationales are trained on")
-    group("--adaptive-per", choices=("question", "strategy"), default="question", help="step 4, adaptive: what the student must have failed at for teacher data")
+    group("--adaptive-per", choices=("question", "strategy"), default="question",
+          help="step 4, adaptive: teacher data where the student failed in a whole question, or in a strategy of it")
     group("--samples", type=number(int, 1), default=2, help="step 3: self-generated texts per question and strategy, K (paper 10)")
     group("--keep", type=number(int, 1), default=1, help="step 3: correct distinct texts kept per question and strategy")
     group("--temperature", type=number(float, 0), default=0.7, help="of self-generation")
@@ -75,7 +77,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--held-out", type=number(float, 0, 0.9), default=0.1, help="share of training questions kept for choosing settings")
     group = parser.add_argument_group("training").add_argument
     group("--epochs", type=number(float, 1e-6), default=3, help="passes over the mix per iteration")
-    group("--batch-size", type=number(int, 1), default=16, help="examples per optimizer step")
+    group("--batch-size", type=number(int, 1), default=4, help="examples in one forward pass (paper 2)")
+    group("--accumulation", type=number(int, 1), default=4, help="forward passes per optimizer step (paper 4)")
     group("--lr", type=number(float, 0), default=2e-3, help="peak learning rate, linear warm-up and decay")
     group("--warmup", type=number(int, 1), default=20, help="optimizer steps")
     group("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
@@ -93,15 +96,15 @@ def parse_args(argv=None) -> argparse.Namespace:
 def make_batches(examples, batch_size: int, seed: int):
     """Endless epochs of batches; the order depends on the seed alone.
 
-    An epoch is shuffled, cut into stretches of 16 batches, and each stretch sorted by length, so that a batch holds
+    An epoch is shuffled, cut into stretches of 64 batches, and each stretch sorted by length, so that a batch holds
     examples of alike length and little padding; then the batches are shuffled.
     """
     rng = random.Random(seed)
     while True:
         order = rng.sample(examples, len(examples))
         batches = []
-        for start in range(0, len(order), 16 * batch_size):
-            stretch = sorted(order[start:start + 16 * batch_size], key=lambda e: len(e[0]) + len(e[1]))
+        for start in range(0, len(order), 64 * batch_size):
+            stretch = sorted(order[start:start + 64 * batch_size], key=lambda e: len(e[0]) + len(e[1]))
             batches += [stretch[i:i + batch_size] for i in range(0, len(stretch), batch_size)]
         rng.shuffle(batches)
         yield from batches
@@ -126,31 +129,42 @@ def collate(batch):
 def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str) -> None:
     """Trains the student's model in place for `steps` optimizer updates on examples [(prompt ids, target ids)].
 
-    The loss is the mean over the step's trained tokens, so that a long rationale counts for each of its tokens. Only
-    trained positions go through the output layer.
+    The loss of a step is summed over its batches and divided by all of its trained tokens, so that every token counts
+    alike. Only trained positions go through the output layer.
+
+    A step takes several small batches because each holds texts of alike length. With a step of one batch, the tokens of
+    a short text are divided by few others: the tag of a program weighed three times that of a Chain of Thought, and the
+    student chose programs for every question, whatever the mix.
     """
     model = student.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                                  fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / args.warmup) * (1 - step / steps))
+    batches = make_batches(examples, args.batch_size, seed)
     started, n_tokens = time.time(), 0
     with tqdm(total=steps, desc=name, unit="step", disable=None, leave=False) as bar:
-        for step, batch in zip(range(1, steps + 1), make_batches(examples, args.batch_size, seed)):
-            tokens, targets = (part.to(args.device) for part in collate(batch))     # (B, T)
-            trained = targets != IGNORE                                             # (B, T)
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                logits = model.output(model.hidden(tokens)[trained])                # (trained tokens, V)
-                loss = F.cross_entropy(logits.float(), targets[trained], reduction="sum") / trained.sum()
-            loss.backward()
+        for step in range(1, steps + 1):
+            parts = [collate(batch) for batch in islice(batches, args.accumulation)]
+            n_trained, total_loss = sum((targets != IGNORE).sum().item() for _, targets in parts), 0
+            for tokens, targets in parts:
+                tokens, targets = tokens.to(args.device), targets.to(args.device)       # (B, T)
+                trained = targets != IGNORE                                             # (B, T)
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                    logits = model.output(model.hidden(tokens)[trained])                # (trained tokens, V)
+                    loss = F.cross_entropy(logits.float(), targets[trained], reduction="sum") / n_trained
+                loss.backward()
+                total_loss += loss.detach()
+                n_tokens += tokens.numel()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             bar.update()
-            n_tokens += tokens.numel()
             if step % max(1, steps // 4) == 0:
                 seconds = time.time() - started
-                tqdm.write(f"{name}: step {step}/{steps}, loss {loss.item():.3f}, {n_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s")
+                tqdm.write(f"{name}: step {step}/{steps}, loss {total_loss.item():.3f}, "
+                           f"{n_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +290,7 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
         if not fitting:
             print(f"{run} {iteration}: nothing to train on, the weights stay as they are")
             return 0
-        count = total_steps or math.ceil(size * args.epochs / args.batch_size)
+        count = total_steps or math.ceil(size * args.epochs / (args.batch_size * args.accumulation))
         fine_tune(student, fitting, count, args, seed + iteration, f"{run} {iteration}")
         return count
 
@@ -321,7 +335,8 @@ def print_iteration(run: str, result: siked.Iteration, questions) -> None:
     print(format_table([{
         "strategy": s, "generated": generated[s], "cut off": cut_off[s], "correct": correct[s], "kept": own[s],
         "from teacher": from_teacher[s], "share of mix": mixed[s] / max(len(result.training_mix), 1),
-        "share of answers": test["share"][s], "accuracy of these": test["accuracy_within"][s], "accuracy if forced": test["forced"][s]} for s in STRATEGIES]))
+        "share of answers": test["share"][s], "accuracy of these": test["accuracy_within"][s],
+        "accuracy if forced": test["forced"][s]} for s in STRATEGIES]))
     for kind, measures in test["kinds"].items():
         print(f"{kind}: {100 * measures['accuracy']:.1f}, forced " + ", ".join(
             f"{s} {100 * accuracy:.1f}" for s, accuracy in measures["forced"].items()))

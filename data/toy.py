@@ -36,7 +36,7 @@ RELATIONS = {
 SHOPS = (
     [("One of the {item} costs {a} cents. {name} buys {b} of them.", "for one", "for {b}"),
      ("A box holds {a} {item}. {name} buys {b} boxes.", "in one box", "in {b} boxes")],
-    [("There are {b} rows with {a} {item} each. {name} counts them.", "in one row", "in {b} rows")],
+    [("Each row has {a} {item}. {name} counts {b} rows.", "in one row", "in {b} rows")],
 )
 EXTRAS = {
     "+": (["{name} adds {n}."], ["Then {n} are put on top."]),
@@ -49,7 +49,7 @@ class Step:
     op: str             # one of + - * /
     n: int
     label: str          # what is known after the step: "Leo", "after Ben finds 5 more", "in 27 boxes"
-    place: str = ""     # the same by its place in the story, where it has no name of its own: "after 3"
+    place: str = ""     # the same by its place in the story, where it has no name of its own: "step 3"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def tell_shop(rng: random.Random, unseen: bool, longer: bool) -> Story:
     a, b = rng.randint(12, 99), rng.randint(12, 99)
     text, start_label, label = (part.format(a=a, b=b, name=name, item=item) for part in rng.choice(SHOPS[unseen]))
     steps = [Step("*", b, label)]
-    for _ in range(rng.randint(2, 3) if longer else rng.randint(0, 1)):
+    for _ in range(rng.randint(3, 4) if longer else rng.randint(0, 2)):
         op, n = rng.choice("+-"), rng.randint(12, 45)
         told = rng.choice(EXTRAS[op][unseen]).format(name=name, n=n)
         text += " " + told
@@ -106,7 +106,7 @@ def tell_tally(rng: random.Random, unseen: bool, longer: bool) -> Story:
         told = rng.choice(EVENTS[op][unseen]).format(n=n)
         joined = steps and len(steps) % 2 and rng.random() < 0.7
         text = text[:-1] + f", then {told}." if joined else text + f" {name} {told}."
-        steps.append(Step(op, n, f"after {name} {told}", f"after {len(steps) + 1}"))
+        steps.append(Step(op, n, f"after {name} {told}", f"step {len(steps) + 1}"))
     return Story("tally", f"{text} How many {item} does {name} have now?", start, "at the start", tuple(steps))
 
 
@@ -159,15 +159,14 @@ def write_cot(story: Story, rng: random.Random) -> str:
 
 
 def write_l2m(story: Story, rng: random.Random) -> str:
-    """Sub-questions from the goal back to what is known, then their answers forward."""
+    """Sub-questions from the goal back to what is known, each with what it comes from, then their answers forward."""
     values, labels = story.values(), [story.start_label, *(step.place or step.label for step in story.steps)]
-    goal, *needed = reversed([f"does {label} have" if story.kind == "relations" else label for label in labels])
-    if rng.random() < 0.5:
-        lines = [f"How many {goal}?", *(f"First, how many {label}?" for label in needed)]
-    else:
-        lines = [f"{labels[-1]}?", *(f"Before that: {label}?" for label in labels[-2::-1])]
+    asked, named = rng.choice(["{}?", "How many {}?"]), rng.random() < 0.5
+    lines = []
+    for before, step, label in reversed(list(zip(labels, story.steps, labels[1:]))):
+        goal = f"does {label} have" if story.kind == "relations" and "How" in asked else label
+        lines.append(f"{asked.format(goal)} {before} {step.op} {step.n}.")
     lines.append(f"{labels[0]}: {story.start}.")
-    named = rng.random() < 0.5
     for value, step, result, label in zip(values, story.steps, values[1:], labels[1:]):
         lines.append((f"{label}: " if named else "") + f"{value} {step.op} {step.n} = {result}.")
     return " ".join([*lines, f"Final answer: {values[-1]}"])

@@ -29,7 +29,7 @@ TOY = ROOT / "data/toy"
 STRATEGIES = {"cot", "l2m", "pot"}
 SETS = ["held-out", "test", "ood_longer"]
 FLAGS = ["--iters", "1", "--mix", "all", "--samples", "2", "--max-new-tokens", "60", "--held-out", "0.34", "--epochs", "60",
-         "--batch-size", "6", "--lr", "1e-2", "--warmup", "4", "--device", "cpu"]  # of the tiny student
+         "--batch-size", "6", "--accumulation", "1", "--lr", "1e-2", "--warmup", "4", "--device", "cpu"]  # of the tiny student
 
 
 def cut_data(folder: Path, **counts) -> Path:
@@ -316,7 +316,7 @@ def test_refusal_of_the_real_command(data, tmp_path):
     ("--iters", "-1"), ("--iters", "two"), ("--seeds", "0"), ("--mix", "both"), ("--adaptive-per", "word"),
     ("--samples", "0"), ("--keep", "0"), ("--temperature", "-0.5"), ("--temperature", "inf"), ("--top-p", "0"),
     ("--top-p", "1.5"), ("--max-new-tokens", "0"), ("--held-out", "1.5"), ("--held-out", "-0.1"), ("--epochs", "0"),
-    ("--epochs", "inf"), ("--batch-size", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--warmup", "-1"), ("--weight-decay", "-1"),
+    ("--epochs", "inf"), ("--batch-size", "0"), ("--accumulation", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--warmup", "-1"), ("--weight-decay", "-1"),
     ("--max-length", "0"), ("--dtype", "float16"), ("--device", "abacus"), ("--rows", "0")])
 def test_impossible_flags_are_refused_at_once(refused, student, data, tmp_path, flag, value):
     """By the flag's name, before anything is read or written: not after an hour of training."""

@@ -262,6 +262,20 @@ def test_equations_are_true_and_programs_compute():
         assert sum(program.count(f" {op} ") for op in "+-*/") == len(story.steps), program
 
 
+def test_least_to_most_asks_from_the_goal_back():
+    """Its sub-questions start at the goal and end at what is known, each with what it comes from; then it computes forward.
+    That is where its edge in "relations" comes from: the goal is known, the way to it is not."""
+    rng = random.Random(4)
+    for story in stories():
+        text = toy.write_l2m(story, rng)
+        plan, known, computation = text.partition(f" {story.start_label}: {story.start}.")
+        assert known and plan.count("?") == len(story.steps) and "=" not in plan and "?" not in computation
+        changes = re.findall(r" ([-+*/]) (\d+)\.", plan)
+        assert changes == [(step.op, str(step.n)) for step in reversed(story.steps)], text
+        for sentence, step in zip(plan.split("?"), reversed(story.steps)):
+            assert (step.place or step.label) in sentence, text
+
+
 def test_teacher_errs_now_and_then(shipped):
     """Between 10 and 35 % wrong in each strategy: the filter has something to do, and enough is left; every question and
     nearly every (question, strategy) has a right rationale."""

@@ -54,8 +54,8 @@ def ragged_examples(count, seed=0):
 
 
 def settings(**changed) -> Namespace:
-    return Namespace(**({"lr": 1e-2, "warmup": 1, "weight_decay": 0.01, "batch_size": 4, "device": "cpu",
-                         "dtype": "float32"} | changed))
+    return Namespace(**({"lr": 1e-2, "warmup": 1, "weight_decay": 0.01, "batch_size": 4, "accumulation": 1,
+                         "device": "cpu", "dtype": "float32"} | changed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +182,36 @@ def test_loss_is_the_mean_over_the_trained_tokens():
     torch.optim.AdamW(plain.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1).step()
     for ours, theirs in zip(student.model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(2, 4), (1, 8), (3, 3)])
+def test_accumulation_changes_nothing_but_the_memory(batch_size, accumulation):
+    """Pitfall 9: eight ragged examples give the same gradients in one pass and in many, the last of them smaller or not.
+    Averaged pass by pass, the examples of a pass with little text would count more."""
+    student, examples = tiny_student(), ragged_examples(8)
+    wanted = gradients_of(student.model, examples)
+    assert norm(wanted) < 1, "the case should not need clipping"
+    with Recorder() as record:
+        fine_tune(student, examples, 1, settings(batch_size=batch_size, accumulation=accumulation), 0, "test")
+    for ours, theirs in zip(record.steps[0].gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_short_texts_do_not_draw_the_choice_to_them():
+    """One prompt, answered as often by a short text as by a long one: their first tokens, the "tags", must come out about
+    equally likely. With one batch a step, sorted by length, the short text's tag counts several times as much."""
+    examples = [([5, 6], [10, 12, 0]), ([5, 6], [11] + [13] * 14 + [0])] * 64
+
+    def choice(accumulation):
+        student = tiny_student()
+        fine_tune(student, examples, 60, settings(accumulation=accumulation, lr=2e-2), 0, "test")
+        with torch.no_grad():
+            return student.model(torch.tensor([[5, 6]]))[0, -1].softmax(-1)[[10, 11]].tolist()
+
+    short, long = choice(accumulation=parse_args([]).accumulation)
+    assert 0.85 < short + long and short / long < 2.5
+    short, long = choice(accumulation=1)
+    assert short / long > 5, "the case should show the fault where it is"
 
 
 def test_gradients_are_clipped_to_norm_1():
@@ -346,7 +376,7 @@ def flags(tmp_path, *more):
         tiny_student().save(tmp_path / "model")
     return ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
             "--iters", "1", "--samples", "1", "--max-new-tokens", "8", "--held-out", "0.1", "--epochs", "1",
-            "--batch-size", "8", "--device", "cpu", *more]
+            "--batch-size", "8", "--accumulation", "1", "--device", "cpu", *more]
 
 
 def run_main(monkeypatch, arguments):
@@ -387,9 +417,10 @@ def test_no_warning_if_everything_fits(tmp_path, capsys):
 
 @pytest.mark.parametrize("more, how, steps", [
     (["--epochs", "1"], {}, 5), (["--epochs", "2.5"], {}, 12), (["--batch-size", "36"], {}, 1), ([], {"total_steps": 3}, 3),
+    (["--accumulation", "3"], {}, 2),
     ([], {"strategy": "pot"}, 2)])
 def test_steps_by_hand(tmp_path, more, how, steps):
-    """36 texts in batches of 8 are 5 steps an epoch; a single strategy has 12 texts; or as many steps as demanded."""
+    """36 texts in batches of 8 are 5 steps an epoch, 2 of 3 batches each; a single strategy has 12 texts; or as many steps as demanded."""
     with Recorder() as record:
         folder, counted = train_combined(tmp_path, "--held-out", "0", *more, **how)
     assert len(record.steps) == counted == steps

@@ -32,6 +32,12 @@ IGNORE = -100  # the target at positions that the loss leaves out
 # practice
 
 
+LINKS = (" ", ": ", ", ", " from ", " is ", " by ", " needs ")  # between a name and what is known of it
+FACTS = ("{person}{link}{before} {op} {n}", "{person}{link}{before} {op} {n}", "{person}{link}{before}",
+         "{person}{link}{n} {word} than {before}", "from {before} to {person}{link}{op} {n}", "{person}{link}{op} {n}",
+         "{before}: {value}, {person}: {value} {op} {n} = {result}")
+
+
 def practise(rng: random.Random) -> tuple[str, str]:
     """One document: (what is only read, what is trained on)."""
     luck = rng.random()
@@ -42,7 +48,7 @@ def practise(rng: random.Random) -> tuple[str, str]:
     kind = rng.choice(["relations", "relations", "tally", "tally", "shop"])
     story = toy.tell(kind, rng, unseen=rng.random() < 0.3, longer=rng.random() < 0.3)
     told = story.text if rng.random() < 0.5 else story.text.rpartition(" How many ")[0]
-    skills = {"relations": [look_up, look_up, name_pairs, list_numbers],
+    skills = {"relations": [look_up, look_up, look_up, list_numbers],
               "tally": [list_changes, carry, carry, narrate, list_numbers], "shop": [list_changes, list_numbers]}[kind]
     return told + "\n", "\n".join(skill(story, rng) for skill in rng.sample(skills, 2))
 
@@ -64,9 +70,11 @@ def practise_sums(rng) -> str:
 def practise_recall(rng) -> tuple[str, str]:
     """ "Ann 12 Leo, Eve 30 Sam, ..." then, asked in another order, "Eve: 30 Sam, Ann: 12 Leo, ..." """
     keys, others = rng.sample(toy.NAMES, 8), rng.sample(toy.NAMES, 8)
-    pairs = [(key, f"{rng.randint(2, 99)} {other}") for key, other in zip(keys, others)]
-    return (", ".join(" ".join(pair) for pair in pairs) + "\n",
-            ", ".join(": ".join(pair) for pair in rng.sample(pairs, len(pairs))) + ".")
+    notation = rng.choice(["{n} {other}", "{other} {op} {n}", "{op} {n}", "{other}"])
+    pairs = [(key, notation.format(op=rng.choice("+-"), n=rng.randint(2, 99), other=other)) for key, other in zip(keys, others)]
+    read, asked, end = rng.choice(LINKS), rng.choice(LINKS), rng.choice([", ", ". ", "; "])
+    return (end.join(read.join(pair) for pair in pairs) + "\n",
+            end.join(asked.join(pair) for pair in rng.sample(pairs, len(pairs))) + ".")
 
 
 def list_numbers(story, rng) -> str:
@@ -110,18 +118,11 @@ def known_pairs(story) -> list[tuple]:
 
 
 def look_up(story, rng) -> str:
-    """Single facts in any order: "Ann: 3 more than Leo. from Leo to Ann: + 3. ..." """
-    parts = []
-    for before, person, op, n, value, result in rng.sample(known_pairs(story), 8):
-        parts.append(rng.choice([f"{person}: {n} {'more' if op == '+' else 'fewer'} than {before}",
-                                 f"{person}: {before} {op} {n}", f"from {before} to {person}: {op} {n}",
-                                 f"{before}: {value}, {person}: {value} {op} {n} = {result}"]))
-    return f"{story.start_label}: {story.start}. " + ". ".join(parts) + "."
-
-
-def name_pairs(story, rng) -> str:
-    """ "Ann Leo, Sam Eve, ..." : who is compared with whom."""
-    return ", ".join(f"{person} {before}" for before, person, *_ in rng.sample(known_pairs(story), 8)) + "."
+    """Single facts in any order and in one of many notations: "Ann from Leo + 3, Tess from Ann - 6, ..." """
+    notation, link, end = rng.choice(FACTS), rng.choice(LINKS), rng.choice([", ", ". ", "; "])
+    return end.join(notation.format(before=before, person=person, op=op, n=n, value=value, result=result, link=link,
+                                    word="more" if op == "+" else "fewer")
+                    for before, person, op, n, value, result in rng.sample(known_pairs(story), 8)) + "."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
