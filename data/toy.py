@@ -161,11 +161,10 @@ def write_cot(story: Story, rng: random.Random) -> str:
 def write_l2m(story: Story, rng: random.Random) -> str:
     """Sub-questions from the goal back to what is known, each with what it comes from, then their answers forward."""
     values, labels = story.values(), [story.start_label, *(step.place or step.label for step in story.steps)]
-    asked, named = rng.choice(["{}?", "How many {}?"]), rng.random() < 0.5
+    asked, named = rng.choice(["{}: {} {} {}?", "{} needs {} {} {}."]), rng.random() < 0.5
     lines = []
     for before, step, label in reversed(list(zip(labels, story.steps, labels[1:]))):
-        goal = f"does {label} have" if story.kind == "relations" and "How" in asked else label
-        lines.append(f"{asked.format(goal)} {before} {step.op} {step.n}.")
+        lines.append(asked.format(label, before, step.op, step.n))
     lines.append(f"{labels[0]}: {story.start}.")
     for value, step, result, label in zip(values, story.steps, values[1:], labels[1:]):
         lines.append((f"{label}: " if named else "") + f"{value} {step.op} {step.n} = {result}.")
