@@ -76,7 +76,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--max-new-tokens", type=number(int, 1), default=200, help="of a generated text, the end token included (paper 512)")
     group("--held-out", type=number(float, 0, 0.9), default=0.1, help="share of training questions kept for choosing settings")
     group = parser.add_argument_group("training").add_argument
-    group("--epochs", type=number(float, 1e-6), default=3, help="passes over the mix per iteration")
+    group("--epochs", type=number(float, 1e-6), default=4, help="passes over the mix per iteration")
     group("--batch-size", type=number(int, 1), default=4, help="examples in one forward pass (paper 2)")
     group("--accumulation", type=number(int, 1), default=4, help="forward passes per optimizer step (paper 4)")
     group("--lr", type=number(float, 0), default=2e-3, help="peak learning rate, linear warm-up and decay")
@@ -132,9 +132,9 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
     The loss of a step is summed over its batches and divided by all of its trained tokens, so that every token counts
     alike. Only trained positions go through the output layer.
 
-    A step takes several small batches because each holds texts of alike length. With a step of one batch, the tokens of
-    a short text are divided by few others: the tag of a program weighed three times that of a Chain of Thought, and the
-    student chose programs for every question, whatever the mix.
+    A step takes several small batches because each holds texts of alike length. In a step of one batch, the tokens of a
+    short text are divided by few others: the tag of a program weighs more than that of a Chain of Thought, and the
+    student comes to choose programs for every question.
     """
     model = student.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,

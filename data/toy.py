@@ -6,7 +6,7 @@ Three kinds of question, each hard in its own way for a small student (data/READ
 
     shop       "A box holds 34 cards. Ben buys 27 boxes. ..."                    34 * 27: too big to do in the head
     tally      "Ben has 14 cards. Ben finds 5 more, then doubles the pile. ..."  many small steps, told in order
-    relations  "Ann has 3 more than Leo. Leo has 4 more than Eve. ..."           which of the three branches leads to Ann?
+    relations  "Ann was invited by Leo. Leo was invited by Eve. ..."             how many steps from Ann to the known number?
 
 A question is a chain: a start value and steps that change it. The teacher renders the chain in three strategies. It is
 a rule, not a language model: it varies wording, order and length, and now and then misreads a fact.
@@ -24,23 +24,21 @@ ITEMS = "cards coins stamps beads shells pins".split()
 
 # Wordings: the first list is used in train and test, the second only out of distribution (and in pretraining).
 EVENTS = {
-    "+": (["finds {n} more", "buys {n}", "wins {n}"], ["is given {n}", "picks up {n}"]),
-    "-": (["loses {n}", "gives away {n}", "sells {n}"], ["breaks {n}", "hands over {n}"]),
-    "*": (["doubles the pile"], ["ends up with twice as many"]),
-    "/": (["gives away half"], ["loses every second one"]),
+    "+": (["finds {n} more", "buys {n}", "wins {n}", "gets {n}", "earns {n}"], ["is given {n}", "picks up {n}"]),
+    "-": (["loses {n}", "gives away {n}", "sells {n}", "drops {n}", "uses up {n}"], ["breaks {n}", "hands over {n}"]),
+    "*": (["doubles the pile", "makes it twice as many"], ["ends up with twice as many"]),
+    "/": (["gives away half", "loses half", "sells half"], ["hands over half"]),
 }
-RELATIONS = {
-    "+": (["{a} has {n} more than {b}."], ["Compared with {b}, {a} has {n} more."]),
-    "-": (["{a} has {n} fewer than {b}."], ["Compared with {b}, {a} has {n} fewer."]),
-}
+RELATIONS = (["{a} was invited by {b}."], ["{a} is a guest of {b}."])
 SHOPS = (
     [("One of the {item} costs {a} cents. {name} buys {b} of them.", "for one", "for {b}"),
-     ("A box holds {a} {item}. {name} buys {b} boxes.", "in one box", "in {b} boxes")],
+     ("A box holds {a} {item}. {name} buys {b} boxes.", "in one box", "in {b} boxes"),
+     ("There are {a} {item} on a page. {name} fills {b} pages.", "on one page", "on {b} pages")],
     [("Each row has {a} {item}. {name} counts {b} rows.", "in one row", "in {b} rows")],
 )
 EXTRAS = {
-    "+": (["{name} adds {n}."], ["Then {n} are put on top."]),
-    "-": (["{name} takes off {n}."], ["Then {n} are taken away."]),
+    "+": (["{name} adds {n}.", "{name} gets {n} more.", "{n} more are found."], ["Then {n} are put on top."]),
+    "-": (["{name} takes off {n}.", "{name} gives back {n}.", "{n} are lost."], ["Then {n} are taken away."]),
 }
 
 
@@ -82,9 +80,11 @@ def tell_shop(rng: random.Random, unseen: bool, longer: bool) -> Story:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     a, b = rng.randint(12, 99), rng.randint(12, 99)
     text, start_label, label = (part.format(a=a, b=b, name=name, item=item) for part in rng.choice(SHOPS[unseen]))
-    steps = [Step("*", b, label)]
+    value, steps = a * b, [Step("*", b, label)]
     for _ in range(rng.randint(3, 4) if longer else rng.randint(0, 2)):
         op, n = rng.choice("+-"), rng.randint(12, 45)
+        op = op if value >= n else "+"
+        value = apply(value, op, n)
         told = rng.choice(EXTRAS[op][unseen]).format(name=name, n=n)
         text += " " + told
         steps.append(Step(op, n, f"after {n} {'more' if op == '+' else 'less'}"))
@@ -111,24 +111,23 @@ def tell_tally(rng: random.Random, unseen: bool, longer: bool) -> Story:
 
 
 def tell_relations(rng: random.Random, unseen: bool, longer: bool) -> Story:
-    """A star: one person has a known number, three branches of people lead away from it, one ends at the goal."""
-    length, item = (4 if longer else 3), rng.choice(ITEMS)
-    root, *people = rng.sample(NAMES, 1 + 3 * length)
-    start = rng.randint(40, 60)
-    told, branches = [f"{root} has {start} {item}."], []
-    for arm in range(3):
-        before, value, steps = root, start, []
-        for person in people[arm * length:(arm + 1) * length]:
-            op, n = rng.choice("+-"), rng.randint(2, 9)
-            value = apply(value, op, n)
-            told.append(rng.choice(RELATIONS[op][unseen]).format(a=person, b=before, n=n))
-            steps.append(Step(op, n, person))
-            before = person
-        branches.append(tuple(steps))
+    """A star: of one person the number is known, three branches of guests lead away from it, one ends at the goal. The
+    branches differ in length, so whoever does not follow the right one takes the wrong number of steps."""
+    item, start, n = rng.choice(ITEMS), rng.randint(10, 60), rng.randint(2, 9)
+    lengths = rng.sample([2, 3, 4], 3)
+    if longer:
+        lengths[0] = rng.randint(5, 6)
+    root, *people = rng.sample(NAMES, 1 + sum(lengths))
+    told, branches = [], []
+    for length in lengths:
+        branch, people = people[:length], people[length:]
+        told += [rng.choice(RELATIONS[unseen]).format(a=a, b=b) for a, b in zip(branch, [root, *branch])]
+        branches.append(tuple(Step("+", n, person) for person in branch))
     rng.shuffle(told)
     steps, *others = branches
-    question = f"How many {item} does {steps[-1].label} have?"
-    return Story("relations", f"{' '.join(told)} {question}", start, root, steps, tuple(others))
+    text = (f"Every guest brings {n} more {item} than who invited them. {root} brings {start}. {' '.join(told)} "
+            f"How many {item} does {steps[-1].label} bring?")
+    return Story("relations", text, start, root, steps, tuple(others))
 
 
 def tell(kind: str, rng: random.Random, unseen: bool = False, longer: bool = False) -> Story:
@@ -220,7 +219,7 @@ def write_lines(path: Path, records) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "toy", help="folder (data/toy)")
-    parser.add_argument("--train", type=int, default=900, help="training questions (900)")
+    parser.add_argument("--train", type=int, default=600, help="training questions (600)")
     parser.add_argument("--test", type=int, default=300, help="questions in each other set (300)")
     parser.add_argument("--rationales", type=int, default=3, help="teacher texts per question and strategy (3)")
     parser.add_argument("--seed", type=int, default=0)

@@ -420,7 +420,8 @@ def test_no_warning_if_everything_fits(tmp_path, capsys):
     (["--accumulation", "3"], {}, 2),
     ([], {"strategy": "pot"}, 2)])
 def test_steps_by_hand(tmp_path, more, how, steps):
-    """36 texts in batches of 8 are 5 steps an epoch, 2 of 3 batches each; a single strategy has 12 texts; or as many steps as demanded."""
+    """36 texts in batches of 8 are 5 steps an epoch, 2 of 3 batches each; a single strategy has 12 texts; or as many steps
+    as demanded."""
     with Recorder() as record:
         folder, counted = train_combined(tmp_path, "--held-out", "0", *more, **how)
     assert len(record.steps) == counted == steps

@@ -3,7 +3,7 @@
     python data/student/pretrain.py         # writes config.json, model.safetensors, tokenizer.json beside this file
 
 A document is a story of the toy world and some lines of practice on it, or practice alone: listing the numbers, naming
-the operation of each change, carrying results on, looking up who is compared with whom, small sums. Only the practice
+the operation of each change, carrying results on, looking up who was invited by whom, small sums. Only the practice
 is trained on. None of it is a rationale: there are no strategy tags, no sub-questions, no programs, no final answers.
 """
 import argparse
@@ -32,28 +32,27 @@ END = "<|end|>"
 # practice
 
 
-FACTS = ("{person} {before} {op} {n}", "{person} {before} {op} {n}", "{person}: {before} {op} {n}",
-         "{person} needs {before} {op} {n}", "{person}: {n} {word} than {before}",
-         "{before}: {value}, {person}: {value} {op} {n} = {result}")
+FACTS = ("{person} {before} + {n}", "{person}: {before} + {n}", "{person} needs {before} + {n}",
+         "{person} comes with {before}", "{before}: {value}, {person}: {value} + {n} = {result}")
 
 
 def practise(rng: random.Random, progress: float = 1.0) -> tuple[str, str]:
     """One document: (what is only read, what is trained on).
 
-    progress: of the training, 0 to 1. It begins with looking up names and nothing else, first among few: so look-ups
-    were perfect after 1.7M tokens. With the whole mix from the start they had not begun to be right after 24M.
+    progress: of the training, 0 to 1. It begins with looking up and nothing else, first among few: a student that starts
+    with the whole mix does not find out how to look things up.
     """
-    if progress < 0.1:
-        if progress < 0.07 or rng.random() < 0.5:
-            return practise_recall(rng, rng.randint(2, 4) if progress < 0.04 else rng.randint(3, 8))
-        story = toy.tell("relations", rng)
-        return story.text + "\n", name_pairs(story, rng)
+    if progress < 0.08:
+        return practise_recall(rng, rng.randint(2, 4) if progress < 0.04 else rng.randint(3, 8))
     luck = rng.random()
-    if luck < 0.1:
-        return "\n", practise_sums(rng)
     if luck < 0.2:
         return practise_recall(rng, 8)
-    kind = rng.choice(["relations", "relations", "tally", "tally", "shop"])
+    if progress < 0.16:
+        story = toy.tell("relations", rng)
+        return story.text + "\n", rng.choice([name_pairs, look_up])(story, rng)
+    if luck < 0.3:
+        return "\n", practise_sums(rng)
+    kind = rng.choice(["relations", "tally", "tally", "tally", "shop"])
     story = toy.tell(kind, rng, unseen=rng.random() < 0.3, longer=rng.random() < 0.3)
     told = story.text if rng.random() < 0.5 else story.text.rpartition(" How many ")[0]
     skills = {"relations": [look_up, look_up, name_pairs, list_numbers],
@@ -113,29 +112,28 @@ def narrate(story, rng) -> str:
     return f"Start {values[0]}. " + " ".join(f"{step.label}: {v}." for step, v in zip(story.steps, values[1:]))
 
 
-def known_pairs(story) -> list[tuple]:
-    """Of all branches of a relations story: (compared with, person, operation, n, value of the first, of the second)."""
+def known_pairs(story, rng) -> list[tuple]:
+    """Of all branches of a relations story: (by whom, who was invited, n, values of both), in any order."""
     pairs = []
     for branch in (story.steps, *story.branches):
         before, value = story.start_label, story.start
         for step in branch:
             result = toy.apply(value, step.op, step.n)
-            pairs.append((before, step.label, step.op, step.n, value, result))
+            pairs.append((before, step.label, step.n, value, result))
             before, value = step.label, result
-    return pairs
+    return rng.sample(pairs, len(pairs))
 
 
 def look_up(story, rng) -> str:
-    """Single facts in any order, in one of several notations: "Ann needs Leo + 3. Tess needs Ann - 6. ..." """
+    """Single facts in one of several notations: "Ann needs Leo + 3. Tess needs Ann + 6. ..." """
     notation = rng.choice(FACTS)
-    return ". ".join(notation.format(before=before, person=person, op=op, n=n, value=value, result=result,
-                                     word="more" if op == "+" else "fewer")
-                     for before, person, op, n, value, result in rng.sample(known_pairs(story), 8)) + "."
+    return ". ".join(notation.format(before=before, person=person, n=n, value=value, result=result)
+                     for before, person, n, value, result in known_pairs(story, rng)) + "."
 
 
 def name_pairs(story, rng) -> str:
-    """ "Ann Leo, Sam Eve, ..." : who is compared with whom."""
-    return ", ".join(f"{person} {before}" for before, person, *_ in rng.sample(known_pairs(story), 8)) + "."
+    """ "Ann Leo, Sam Eve, ..." : who was invited by whom."""
+    return ", ".join(f"{person} {before}" for before, person, *_ in known_pairs(story, rng)) + "."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,8 +192,8 @@ def spread_unseen(model, seen, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder (this one)")
-    parser.add_argument("--tokens", type=float, default=20e6, help="to train on, in all, padding included (20e6)")
-    parser.add_argument("--batch-size", type=int, default=4096, help="tokens per step, padding included (4096)")
+    parser.add_argument("--tokens", type=float, default=15e6, help="to train on, in all, padding included (15e6)")
+    parser.add_argument("--batch-size", type=int, default=2048, help="tokens per step, padding included (2048)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -206,9 +204,8 @@ def main() -> None:
     model = Decoder(Config(
         model_type="llama", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, intermediate_size=512,
         num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        initializer_range=0.08, extra={"eos_token_id": tokenizer.token_to_id(END)}))
-    # Muon for the matrices inside the layers: on practise_recall alone the loss was 1.24 after 0.6M tokens, with AdamW
-    # and the same initialisation and learning rate 1.63. With "match_rms_adamw" one learning rate serves both.
+        extra={"eos_token_id": tokenizer.token_to_id(END)}))
+    # Muon for the matrices inside the layers, AdamW for the rest; with "match_rms_adamw" one learning rate serves both.
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [torch.optim.Muon(inside, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
