@@ -10,7 +10,7 @@ One question in the three strategies, as the student is trained to answer it. <e
 
     prompt    Ben has 14 cards. Ben buys 5, then doubles the pile. How many cards does Ben have now?\\n
     target    [cot]: at the start: 14. 14 + 5 = 19. 19 * 2 = 38. Final answer: 38<end>
-    target    [l2m]: step 2: step 1 * 2? step 1: at the start + 5? at the start: 14. 14 + 5 = 19. ... Final answer: 38<end>
+    target    [l2m]: step 2: step 1 * 2? step 1: at the start + 5? at the start: 14. ... Final answer: 38<end>
     target    [pot]: answer = (14 + 5) * 2<end>
 
 Source: Adarsh, Shridhar, Gulcehre, Monath, Sachan, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.513.
@@ -218,8 +218,7 @@ def mix(teacher: list[Rationale], own: list[Rationale], mode: str, adaptive_per:
 
         all        both
         adaptive   the own ones, and the teacher's where the student failed: on questions that it solved in no strategy,
-                   or (adaptive_per = "strategy") on questions and strategies that it did not solve. The second refills
-                   exactly the weak strategies, so that the shares stay equal and the student's preference cannot move.
+                   or (adaptive_per = "strategy") on questions and strategies that it did not solve
         self       the own ones
         teacher    the teacher's: a control, trained for as many steps as "all" would take
     """

@@ -133,8 +133,8 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
     alike. Only trained positions go through the output layer.
 
     A step takes several small batches because each holds texts of alike length. In a step of one batch, the tokens of a
-    short text are divided by few others: the tag of a program weighs more than that of a Chain of Thought, and the
-    student comes to choose programs for every question.
+    short text are divided by few others: the tag of a program weighs more than that of a Chain of Thought, which
+    draws the student's choice to programs.
     """
     model = student.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,

@@ -83,7 +83,7 @@ def tell_shop(rng: random.Random, unseen: bool, longer: bool) -> Story:
     value, steps = a * b, [Step("*", b, label)]
     for _ in range(rng.randint(3, 4) if longer else rng.randint(0, 2)):
         op, n = rng.choice("+-"), rng.randint(12, 45)
-        op = op if value >= n else "+"
+        op = op if value >= n else "+"  # nobody has fewer than none
         value = apply(value, op, n)
         told = rng.choice(EXTRAS[op][unseen]).format(name=name, n=n)
         text += " " + told

@@ -130,7 +130,8 @@ def solve_tally(text):
 
 def read_relations(text):
     """(root, its number, the difference, {person: [who invited them]}, the person asked for)."""
-    n, root, start = re.search(r"brings (\d+) more [a-z]+ than who invited them\. ([A-Z][a-z]+) brings (\d+)\.", text).groups()
+    rule = r"brings (\d+) more [a-z]+ than who invited them\. ([A-Z][a-z]+) brings (\d+)\."
+    n, root, start = re.search(rule, text).groups()
     invited = {}
     for wording in (w for wordings in toy.RELATIONS for w in wordings):
         for match in re.finditer(pattern(wording), text):

@@ -39,8 +39,7 @@ FACTS = ("{person} {before} + {n}", "{person}: {before} + {n}", "{person} needs 
 def practise(rng: random.Random, progress: float = 1.0) -> tuple[str, str]:
     """One document: (what is only read, what is trained on).
 
-    progress: of the training, 0 to 1. It begins with looking up and nothing else, first among few: a student that starts
-    with the whole mix does not find out how to look things up.
+    progress: of the training, 0 to 1. It begins with looking up and nothing else, first among few names.
     """
     if progress < 0.08:
         return practise_recall(rng, rng.randint(2, 4) if progress < 0.04 else rng.randint(3, 8))
