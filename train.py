@@ -69,14 +69,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--mix", choices=MODES, default="adaptive", help="step 4: which rationales are trained on")
     group("--adaptive-per", choices=("question", "strategy"), default="question",
           help="step 4, adaptive: teacher data where the student failed in a whole question, or in a strategy of it")
-    group("--samples", type=number(int, 1), default=2, help="step 3: self-generated texts per question and strategy, K (paper 10)")
+    group("--samples", type=number(int, 1), default=1, help="step 3: self-generated texts per question and strategy, K (paper 10)")
     group("--keep", type=number(int, 1), default=1, help="step 3: correct distinct texts kept per question and strategy")
     group("--temperature", type=number(float, 0), default=0.7, help="of self-generation")
     group("--top-p", type=number(float, 1e-6, 1), default=0.95, help="of self-generation")
     group("--max-new-tokens", type=number(int, 1), default=200, help="of a generated text, the end token included (paper 512)")
     group("--held-out", type=number(float, 0, 0.9), default=0.1, help="share of training questions kept for choosing settings")
     group = parser.add_argument_group("training").add_argument
-    group("--epochs", type=number(float, 1e-6), default=4, help="passes over the mix per iteration")
+    group("--epochs", type=number(float, 1e-6), default=2, help="passes over the mix per iteration")
     group("--batch-size", type=number(int, 1), default=4, help="examples in one forward pass (paper 2)")
     group("--accumulation", type=number(int, 1), default=4, help="forward passes per optimizer step (paper 4)")
     group("--lr", type=number(float, 0), default=2e-3, help="peak learning rate, linear warm-up and decay")
@@ -344,7 +344,7 @@ def print_iteration(run: str, result: siked.Iteration, questions) -> None:
     if result.number == 0:
         return print(flush=True)
     print(f"alpha {result.figure_2['alpha']:.3f}, KL(mix || student) "
-          + (f"{result.figure_2['KL']:.4f}" if result.own else "-: no correct text of the student's own"))
+          + (f"{result.figure_2['KL']:.1e}" if result.own else "-: no correct text of the student's own"))
     first = {}
     for r in result.generated:
         first.setdefault(r.id, {}).setdefault(r.strategy, r)
@@ -360,11 +360,11 @@ def print_iteration(run: str, result: siked.Iteration, questions) -> None:
 
 def write_report(folder: RunFolder) -> None:
     """The table of all models, mean and standard deviation over the seeds, on the screen and as report.md."""
-    def mean(values, scale=100, digits=1):
+    def mean(values, scale=100, form=".1f"):
         if None in values:
             return "-"
-        spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{scale * statistics.mean(values):.{digits}f}{spread}"
+        spread = f" ± {scale * statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        return f"{scale * statistics.mean(values):{form}}{spread}"
 
     rows = []
     for run, iteration in dict.fromkeys((line["run"], line["iteration"]) for line in folder.metrics):
@@ -374,9 +374,9 @@ def write_report(folder: RunFolder) -> None:
         rows.append({
             "model": f"{run} {iteration}" if iteration else run,
             **{name: mean([line["accuracy"] for line in of]) for name, of in by_set.items()},
-            **{f"{s} share": mean([line["share"][s] for line in test], digits=0) for s in STRATEGIES},
-            "alpha": mean([line["alpha"] for line in test], 1, 2), "KL": mean([line["KL"] for line in test], 1, 3),
-            "steps": mean([line["steps"] for line in test], 1, 0), "seconds": mean([line["seconds"] for line in test], 1, 0)})
+            **{f"{s} share": mean([line["share"][s] for line in test], form=".0f") for s in STRATEGIES},
+            "alpha": mean([line["alpha"] for line in test], 1, ".2f"), "KL": mean([line["KL"] for line in test], 1, ".1e"),
+            "steps": mean([line["steps"] for line in test], 1, ".0f"), "seconds": mean([line["seconds"] for line in test], 1, ".0f")})
     table = format_table(rows)
     print(f"\nAll models: accuracy and share of answers in %\n{table}")
     write_file(folder.path / "report.md", f"# SIKeD run\n\n`{' '.join(sys.argv)}`\n\n{table}\n")
