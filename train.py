@@ -64,7 +64,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--iters", type=number(int, 0), default=3, help="SIKeD iterations after the first distillation")
     group("--seed", type=number(int, 0), default=0, help="seed of everything random")
     group("--seeds", type=number(int, 1), default=1, help="repeat the run with so many seeds, from --seed on")
-    group("--compare", action="store_true", help="also run single strategies, equal compute, self only and the other mixes")
+    group("--compare", action="store_true",
+          help="also run the other mixes and, for as many steps as --mix takes in all, Combined and the single strategies")
     group = parser.add_argument_group("the method").add_argument
     group("--mix", choices=MODES, default="adaptive", help="step 4: which rationales are trained on")
     group("--adaptive-per", choices=("question", "strategy"), default="question",
@@ -393,9 +394,9 @@ def main() -> None:
               + ", ".join(f"{name} {len(asked)}" for name, asked in sets.items()))
         follow("combined", args, data, folder, seed, mode="all", iterations=0)
         modes = dict.fromkeys(("all", "adaptive", "self", args.mix) if args.compare else (args.mix,))
-        steps = max(follow(f"siked-{mode}" if mode in ("all", "adaptive") else f"{mode}-only", args, data, folder, seed,
-                           mode=mode, iterations=args.iters, start="combined") for mode in modes)
-        if args.compare:
+        steps = {mode: follow(f"siked-{mode}" if mode in ("all", "adaptive") else f"{mode}-only", args, data, folder, seed,
+                              mode=mode, iterations=args.iters, start="combined") for mode in modes}[args.mix]
+        if args.compare:  # the controls train for as many steps as the run of --mix did in all
             follow("combined-same-steps", args, data, folder, seed, mode="all", iterations=0, total_steps=steps)
             for strategy in STRATEGIES:
                 follow(f"{strategy}-only", args, data, folder, seed, mode="all", iterations=0, strategy=strategy,
