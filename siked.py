@@ -345,6 +345,9 @@ def read_rationales(path, questions) -> list[Rationale]:
         if record["strategy"] not in STRATEGIES:
             raise ValueError(f"{place}: the strategy {record['strategy']!r} is not one of {', '.join(STRATEGIES)}")
         if record["id"] not in known:
-            raise ValueError(f"{place}: no question has the id {record['id']!r}; are these rationales of other questions?")
+            raise ValueError(f"{place}: no question has the id {record['id']!r}; are these rationales of another file?")
+        for name, allowed in (("source", ("teacher", "student")), ("finished", (True, False))):
+            if record.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{place}: the field {name!r} is neither {allowed[0]!r} nor {allowed[1]!r}")
         rationales.append(Rationale(**{f.name: record[f.name] for f in fields(Rationale) if f.name in record}))
     return rationales

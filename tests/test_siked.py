@@ -545,6 +545,8 @@ def test_broken_questions_are_refused_by_file_and_line(tmp_path, text, named):
     ('{"strategy": "cot", "text": "7"}', "id"),
     ('{"id": "ann", "strategy": "tot", "text": "7"}', "'tot'"),
     ('{"id": "zoe", "strategy": "cot", "text": "7"}', "'zoe'"),
+    ('{"id": "ann", "strategy": "cot", "text": "7", "source": "gpt-4"}', "'source'"),
+    ('{"id": "ann", "strategy": "cot", "text": "7", "finished": "no"}', "'finished'"),
 ])
 def test_broken_rationales_are_refused_by_file_and_line(tmp_path, line, named):
     """Blank lines are passed over and counted: the number is the one that an editor shows."""
