@@ -70,12 +70,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--mix", choices=MODES, default="adaptive", help="step 4: which rationales are trained on")
     group("--adaptive-per", choices=("question", "strategy"), default="question",
           help="step 4, adaptive: teacher data where the student failed in a whole question, or in a strategy of it")
-    group("--samples", type=number(int, 1), default=1, help="step 3: self-generated texts per question and strategy, K (paper 10)")
+    group("--samples", type=number(int, 1), default=1,
+          help="step 3: self-generated texts per question and strategy, K (paper 10)")
     group("--keep", type=number(int, 1), default=1, help="step 3: correct distinct texts kept per question and strategy")
     group("--temperature", type=number(float, 0), default=0.7, help="of self-generation")
     group("--top-p", type=number(float, 1e-6, 1), default=0.95, help="of self-generation")
-    group("--max-new-tokens", type=number(int, 1), default=200, help="of a generated text, the end token included (paper 512)")
-    group("--held-out", type=number(float, 0, 0.9), default=0.1, help="share of training questions kept for choosing settings")
+    group("--max-new-tokens", type=number(int, 1), default=200,
+          help="of a generated text, the end token included (paper 512)")
+    group("--held-out", type=number(float, 0, 0.9), default=0.1, help="share of training questions kept to choose settings on")
     group = parser.add_argument_group("training").add_argument
     group("--epochs", type=number(float, 1e-6), default=2, help="passes over the mix per iteration")
     group("--batch-size", type=number(int, 1), default=4, help="examples in one forward pass (paper 2)")
@@ -84,7 +86,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--warmup", type=number(int, 1), default=20, help="optimizer steps")
     group("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
     group("--max-length", type=number(int, 2), default=512, help="longer examples are left out and counted (paper 1024)")
-    group("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic in training; weights stay float32")
+    group("--dtype", choices=("float32", "bfloat16"), default="float32",
+          help="of the arithmetic in training; weights stay float32")
     group("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group("--rows", type=number(int, 1), default=256, help="texts generated at once; fewer need less memory")
     return parser.parse_args(argv)
@@ -276,7 +279,8 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
     questions, teacher, sets = data
     teacher = [r for r in teacher if strategy in ("", r.strategy)]
     by_id = {question.id: question for question in questions}
-    done = folder.find(seed=seed, run=run, **({"steps": total_steps} if total_steps else {})) or folder.find(seed=seed, run=start)
+    done = folder.find(seed=seed, run=run, **({"steps": total_steps} if total_steps else {}))
+    done = done or folder.find(seed=seed, run=start)
     first, steps, previous = 0, 0, args.model
     if done:
         first, steps = done[-1]["iteration"] + 1, done[-1]["steps"]
@@ -377,7 +381,8 @@ def write_report(folder: RunFolder) -> None:
             **{name: mean([line["accuracy"] for line in of]) for name, of in by_set.items()},
             **{f"{s} share": mean([line["share"][s] for line in test], form=".0f") for s in STRATEGIES},
             "alpha": mean([line["alpha"] for line in test], 1, ".2f"), "KL": mean([line["KL"] for line in test], 1, ".1e"),
-            "steps": mean([line["steps"] for line in test], 1, ".0f"), "seconds": mean([line["seconds"] for line in test], 1, ".0f")})
+            "steps": mean([line["steps"] for line in test], 1, ".0f"),
+            "seconds": mean([line["seconds"] for line in test], 1, ".0f")})
     table = format_table(rows)
     print(f"\nAll models: accuracy and share of answers in %\n{table}")
     write_file(folder.path / "report.md", f"# SIKeD run\n\n`{' '.join(sys.argv)}`\n\n{table}\n")
