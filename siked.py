@@ -26,11 +26,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data.answers import numeric_answer, parse_number, same_number
+from data.answers import STRATEGIES, numeric_answer, parse_number, same_number
 from model import Decoder
 from sampler import generate, is_finished
 
-STRATEGIES = ("cot", "l2m", "pot")  # Chain of Thought, Least-to-Most, Program of Thought
 MODES = ("all", "adaptive", "self", "teacher")
 
 

@@ -9,6 +9,7 @@ The run folder (--out) gets args.json, metrics.jsonl (one line per model and set
 The same command goes on where it was stopped: finished models are not trained again.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -47,7 +48,7 @@ def number(kind, low, high=math.inf):
 def device(text):
     """An argparse type: a device that this machine has."""
     try:
-        return str(torch.zeros(1, device=text).device.type)
+        return str(torch.zeros(1, device=text).device)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
 
@@ -82,7 +83,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--epochs", type=number(float, 1e-6), default=2, help="passes over the mix per iteration")
     group("--batch-size", type=number(int, 1), default=4, help="examples in one forward pass (paper 2)")
     group("--accumulation", type=number(int, 1), default=4, help="forward passes per optimizer step (paper 4)")
-    group("--lr", type=number(float, 0), default=2e-3, help="peak learning rate, linear warm-up and decay")
+    group("--lr", type=number(float, 0), default=2e-3,
+          help="peak learning rate, linear warm-up and decay; this suits the embedded student, real ones need 1e-5 or so")
     group("--warmup", type=number(int, 1), default=20, help="optimizer steps")
     group("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
     group("--max-length", type=number(int, 2), default=512, help="longer examples are left out and counted (paper 1024)")
@@ -154,7 +156,7 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
             for tokens, targets in parts:
                 tokens, targets = tokens.to(args.device), targets.to(args.device)       # (B, T)
                 trained = targets != IGNORE                                             # (B, T)
-                with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                     logits = model.output(model.hidden(tokens)[trained])                # (trained tokens, V)
                     loss = F.cross_entropy(logits.float(), targets[trained], reduction="sum") / n_trained
                 loss.backward()
@@ -202,6 +204,8 @@ class RunFolder:
         self.path = args.out
         self.path.mkdir(parents=True, exist_ok=True)
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        for path in sorted(args.data.glob("*.jsonl")):  # data that changed gives other numbers, as a changed flag does
+            settings[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         file = self.path / "args.json"
         self.metrics = []
         if (self.path / "metrics.jsonl").is_file():
@@ -209,10 +213,11 @@ class RunFolder:
         if self.metrics:
             free = ("iters", "seeds", "compare", "out", "device", "rows")  # these may grow or change from run to run
             before = json.loads(file.read_text())
-            changed = [name for name in settings if name not in free and settings[name] != before.get(name)]
+            changed = [name for name in before | settings if name not in free and settings.get(name) != before.get(name)]
             if changed:
                 raise ValueError(f"{self.path} holds a run of other settings: " + ", ".join(
-                    f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed)
+                    f"{args.data / name} was another file" if name.endswith(".jsonl") else
+                    f"--{name.replace('_', '-')} was {before.get(name)}, is {settings.get(name)}" for name in changed)
                     + ". Choose another --out, or delete the folder.")
         write_file(file, json.dumps(settings, indent=1) + "\n")
 
@@ -295,6 +300,7 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
         if not fitting:
             print(f"{run} {iteration}: nothing to train on, the weights stay as they are")
             return 0
+        size *= len(fitting) / len(examples)
         count = total_steps or math.ceil(size * args.epochs / (args.batch_size * args.accumulation))
         fine_tune(student, fitting, count, args, seed + iteration, f"{run} {iteration}")
         return count

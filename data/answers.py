@@ -19,7 +19,7 @@ from fractions import Fraction
 
 from data.program import run_program
 
-STRATEGIES = ("cot", "l2m", "pot")
+STRATEGIES = ("cot", "l2m", "pot")  # Chain of Thought, Least-to-Most, Program of Thought
 
 # Two answers are the same if they differ by no more than one millionth, or by one millionth of the larger one. Exact
 # answers need no tolerance, but programs compute in floats (0.07 * 100 is 7.000000000000001) and texts round.

@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "toy", help="folder (data/toy)")
     parser.add_argument("--train", type=int, default=1200, help="training questions (1200)")
-    parser.add_argument("--test", type=int, default=300, help="questions in each other set (300)")
+    parser.add_argument("--test", type=int, default=300, help="test questions (300), half as many in each out-of-distribution set")
     parser.add_argument("--rationales", type=int, default=3, help="teacher texts per question and strategy (3)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -409,6 +409,32 @@ def test_over_long_examples_are_left_out_and_counted(tmp_path, capsys):
     assert norm(record.steps[0].gradients) == pytest.approx(min(1, norm(gradients_of(student.model, kept))), rel=1e-3)
 
 
+def test_what_is_left_out_takes_no_steps(tmp_path):
+    """--epochs counts passes over what is trained on, not over what was meant to be."""
+    student, by_id = tiny_student(), {q.id: q for q in QUESTIONS}
+    lengths = sorted(len(student.prompt(by_id[r.id])) + len(student.target(r)) for r in TEACHER)
+    flags = "--held-out", "0", "--max-length", str(lengths[20]), "--batch-size", "1", "--epochs", "2"
+    assert train_combined(tmp_path, *flags)[1] == 2 * sum(length <= lengths[20] for length in lengths) < 2 * len(TEACHER)
+
+
+def test_run_folder_refuses_data_that_changed(tmp_path, monkeypatch):
+    """The same path with other files: half of the table would be about the one set of questions, half about the other."""
+    run_main(monkeypatch, flags(tmp_path))
+    data = tmp_path / "data"
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    for change, name in [(lambda: (data / "test.jsonl").write_bytes(before[data / "test.jsonl"] + b"\n"), "test.jsonl"),
+                         (lambda: (data / "new.jsonl").write_bytes(before[data / "test.jsonl"]), "new.jsonl"),
+                         (lambda: (data / "other.jsonl").unlink(), "other.jsonl")]:
+        change()
+        with pytest.raises(ValueError, match=name):
+            RunFolder(parse_args(flags(tmp_path)))
+        for path in data.iterdir():
+            path.unlink()
+        for path, content in before.items():
+            path.write_bytes(content)
+    RunFolder(parse_args(flags(tmp_path)))
+
+
 def test_no_warning_if_everything_fits(tmp_path, capsys):
     """The count is shown only where there is something to count."""
     train_combined(tmp_path)

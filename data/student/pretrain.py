@@ -1,10 +1,11 @@
 """Pretrains the small student that ships in this folder, on text that practises single skills of the toy world.
 
-    python data/student/pretrain.py         # writes config.json, model.safetensors, tokenizer.json beside this file
+    python data/student/pretrain.py --out FOLDER    # writes config.json, model.safetensors, tokenizer.json
 
 A document is a story of the toy world and some lines of practice on it, or practice alone: listing the numbers, naming
 the operation of each change, carrying results on, looking up who was invited by whom, small sums. Only the practice
-is trained on. None of it is a rationale: there are no strategy tags, no sub-questions, no programs, no final answers.
+is trained on. None of it is a rationale: there are no strategy tags, no sub-questions, no programs, no final answers,
+though a line such as "Leo needs Ann + 3" or "14 + 5 = 19" is one that a rationale may hold as well.
 """
 import argparse
 import math
@@ -19,8 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import toy  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 from train import IGNORE, collate  # noqa: E402
@@ -180,7 +180,7 @@ def make_batches(tokenizer, rng, size: int, steps: int):
 def spread_unseen(model, seen, seed: int) -> None:
     """Draws the embeddings of tokens that have not occurred, such as the strategy tags, anew.
 
-    The loss has pushed them all the same way, away from every state, until they are one vector (cosine 0.998): a student
+    The loss has pushed them all the same way, away from every state, until they are one vector: a student
     that starts like that takes "[cot]" for "[pot]" for hundreds of steps.
     """
     rows = model.model.embed_tokens.weight  # (V, C)
@@ -190,7 +190,8 @@ def spread_unseen(model, seen, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder (this one)")
+    parser.add_argument("--out", type=Path, default=Path("out-student"),
+                        help="folder (out-student); what ships is in data/student")
     parser.add_argument("--tokens", type=float, default=15e6, help="to train on, in all, padding included (15e6)")
     parser.add_argument("--batch-size", type=int, default=2048, help="tokens per step, padding included (2048)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
