@@ -1,0 +1,143 @@
+"""Turns the raw files of four public data sets into the files that train.py reads.
+
+    python data/prepare.py gsm8k --out FOLDER                       # fetches the raw files, then train.jsonl, test.jsonl
+    python data/prepare.py svamp --source SVAMP.json --out FOLDER   # from a raw file that is there: svamp.jsonl
+
+gsm8k is what the paper trains on; svamp, asdiv and multiarith are its out-of-distribution sets. A question is left out,
+with the reason, where its answer is not one number. What reads the result: siked.read_questions.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import urllib.request
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.answers import parse_number  # noqa: E402
+
+# Raw files by their public address, at a fixed commit, with their SHA-256.
+GITHUB = "https://raw.githubusercontent.com"
+GSM8K = f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
+ADDRESSES = {
+    "gsm8k": {
+        "train.jsonl": (f"{GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        "test.jsonl": (f"{GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14")},
+    "svamp": {"svamp.jsonl": (
+        f"{GITHUB}/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
+        "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e")},
+    "asdiv": {"asdiv.jsonl": (
+        f"{GITHUB}/chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47/dataset/ASDiv.xml",
+        "ef8904068482919ac48c8eeaaf6df344b8a308ba66d048c2d4d87eab82dc4929")},
+    "multiarith": {"multiarith.jsonl": (
+        f"{GITHUB}/wangxr14/Algebraic-Word-Problem-Solver/d5d430d334b2be3c91aed5699b70b06b9a0c97ec/data/MultiArith.json",
+        "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4")},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one reader per format: the raw text -> (id, question, answer), all as texts and the answer as it stands
+
+
+def read_gsm8k(raw: str):
+    for number, line in enumerate(raw.splitlines()):
+        record = json.loads(line)
+        yield f"gsm8k-{number:04d}", record["question"], record["answer"].rpartition("####")[2]
+
+
+def read_svamp(raw: str):
+    for record in json.loads(raw):
+        yield record["ID"], f"{record['Body'].strip()} {record['Question'].strip()}", str(record["Answer"])
+
+
+def read_asdiv(raw: str):
+    for problem in ElementTree.fromstring(raw.encode()).iter("Problem"):
+        answer = re.sub(r"\s*\([^()]*[^()\d/][^()]*\)$", "", problem.findtext("Answer"))  # "9 (apples)": without the unit
+        yield problem.get("ID"), f"{problem.findtext('Body').strip()} {problem.findtext('Question').strip()}", answer
+
+
+def read_multiarith(raw: str):
+    for record in json.loads(raw):
+        yield f"multiarith-{record['iIndex']}", record["sQuestion"], "; ".join(map(str, record["lSolutions"]))
+
+
+READERS = {"gsm8k": read_gsm8k, "svamp": read_svamp, "asdiv": read_asdiv, "multiarith": read_multiarith}
+
+
+def prepare(name: str, raw: str, place: str) -> list[dict]:
+    """The questions of one raw file whose answer is one number; prints what was left out. ValueError: a broken file."""
+    questions, left_out, count = [], defaultdict(list), 0
+    try:
+        for id, question, answer in READERS[name](raw):
+            count += 1
+            answer = answer.strip().removesuffix(".0")
+            if parse_number(answer) is not None:
+                questions.append({"id": id, "question": " ".join(question.split()), "answer": answer})
+            else:
+                reason = ("several numbers" if ";" in answer else "a time or a ratio" if ":" in answer else "no number")
+                left_out[reason].append(answer)
+    except (ValueError, KeyError, TypeError, AttributeError, ElementTree.ParseError) as error:
+        raise ValueError(f"{place}: not a raw file of {name}: record {count + 1}: {type(error).__name__}: {error}") from None
+    if not questions:
+        raise ValueError(f"{place}: no questions in it")
+    print(f"{place}: {count} read, {len(questions)} kept, {count - len(questions)} left out")
+    for reason, answers in left_out.items():
+        print(f"  {len(answers)} {reason}, such as {', '.join(map(repr, answers[:5]))}")
+    return questions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def fetch(address: str, digest: str) -> bytes:
+    """Downloads a file with a progress bar. OSError: no answer; ValueError: it is not the file that we know."""
+    with urllib.request.urlopen(address, timeout=60) as response:
+        total, parts = int(response.headers.get("Content-Length") or 0) or None, []
+        with tqdm(total=total, desc=address.rpartition("/")[2], unit="B", unit_scale=True, disable=None) as bar:
+            while part := response.read(1 << 16):
+                parts.append(part)
+                bar.update(len(part))
+    content = b"".join(parts)
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest:
+        raise ValueError(f"{address}: the SHA-256 is {found}, not {digest}: the file has changed, or the download is broken")
+    return content
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=READERS)
+    parser.add_argument("--source", type=Path, help="raw file; for gsm8k the folder with train.jsonl and test.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    args = parser.parse_args()
+    results = {}
+    for file, (address, digest) in ADDRESSES[args.name].items():
+        place = args.source or address
+        if args.source:
+            place = args.source / file if args.name == "gsm8k" else args.source
+        raw = place.read_bytes() if args.source else fetch(address, digest)
+        try:
+            results[file] = prepare(args.name, raw.decode("utf-8-sig"), str(place))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8: {error}") from None
+    args.out.mkdir(parents=True, exist_ok=True)
+    for file, questions in results.items():  # only now, when all of the raw files have proved whole
+        beside = args.out / f"{file}.part"
+        beside.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
+        os.replace(beside, args.out / file)
+        print(f"{args.out / file}: {len(questions)} questions")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(2)
