@@ -1,0 +1,189 @@
+"""Tests of data/teacher.py against a small server of our own:  python -m pytest tests/test_teacher.py"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from data.answers import STRATEGIES, numeric_answer  # noqa: E402
+from data.teacher import clean, write_prompt  # noqa: E402
+from siked import Question  # noqa: E402
+
+ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal answer: 2", "pot": "```python\nanswer = 1 + 1\n```"}
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as `moods` say, request by request, then well. Keeps what was asked and the most requests at a time."""
+    daemon_threads = True
+
+    def __init__(self, moods=(), delay=0.0):
+        self.moods, self.delay, self.requests, self.headers, self.running, self.most = list(moods), delay, [], [], 0, 0
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def reply(self, code, text, **headers):
+        self.send_response(code)
+        for name, value in ({"Content-Length": str(len(text.encode()))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append(body)
+            server.headers.append(self.headers)
+            server.running += 1
+            server.most = max(server.most, server.running)
+            mood = server.moods.pop(0) if server.moods else "well"
+        try:
+            time.sleep(server.delay)
+            prompt = body["messages"][0]["content"]
+            strategy = "pot" if "Python" in prompt else "l2m" if "smaller questions" in prompt else "cot"
+            content = ANSWERS[strategy] if body["seed"] % 2 == 0 else "Final answer: 3\n\nQuestion: another"
+            answer = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}], "usage": {"total_tokens": 7}}
+            if mood == "long":
+                answer["choices"][0]["finish_reason"] = "length"
+            if mood == "nothing":
+                time.sleep(2)
+            elif mood == "garbage":
+                self.reply(200, "<html>busy</html>")
+            elif mood == "no choices":
+                self.reply(200, '{"error": "overloaded"}')
+            elif isinstance(mood, int):
+                self.reply(mood, "trouble", **({"Retry_After": "1"} if mood == 429 else {}))
+            else:
+                self.reply(200, json.dumps(answer))
+        finally:
+            with server.lock:
+                server.running -= 1
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "question": f"What is 1 + 1, {i}?", "answer": "2"}) + "\n" for i in range(3)))
+    return path
+
+
+def start(questions, *flags, **environment):
+    command = [sys.executable, str(ROOT / "data/teacher.py"), "--questions", str(questions), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment)
+
+
+def collect(questions, server, *flags, code=0, **environment):
+    process = start(questions, "--url", server.url, "--model", "m", "--samples", 2, *flags, **environment)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == code, printed
+    return printed
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_collects_every_sample_of_every_strategy(questions, tmp_path):
+    """What it is for: two texts per question and strategy, in the prompt of the strategy, half of them right here."""
+    server = Server()
+    printed = collect(questions, server, OPENAI_API_KEY="secret")
+    lines = read_lines(tmp_path / "teacher.jsonl")
+    assert Counter((line["id"], line["strategy"]) for line in lines) == {(str(i), s): 2 for i in range(3) for s in STRATEGIES}
+    assert {line["text"] for line in lines} == {ANSWERS["cot"], ANSWERS["l2m"], "answer = 1 + 1", "Final answer: 3"}
+    assert "126 tokens" in printed and "cot 3 of 6 (50%)" in printed and "pot 3 of 6 (50%)" in printed
+    assert server.headers[0]["Authorization"] == "Bearer secret" and server.requests[0]["temperature"] == 0.7
+
+
+def test_the_worked_examples_are_right_and_the_same_in_all_strategies():
+    questions = []
+    for strategy in STRATEGIES:
+        prompt = write_prompt(strategy, Question("1", "How many?", 1))
+        examples = re.findall(r"Question: (.*?)\nAnswer:\s(.*?)\n\n(?=Question:)", prompt, re.DOTALL)
+        assert len(examples) == 8 and prompt.endswith("Question: How many?\nAnswer:")
+        questions.append([(question, numeric_answer(strategy, text)) for question, text in examples])
+    assert questions[0] == questions[1] == questions[2] and None not in dict(questions[0]).values()
+
+
+@pytest.mark.parametrize("text, cleaned", [
+    ("Final answer: 3\n\nQuestion: next", "Final answer: 3"),
+    ("Here it is:\n```python\nx = 1\nanswer = x\n```\nDone.", "x = 1\nanswer = x"),
+    ("```\nanswer = 1", "answer = 1"), ("  7 ", "7")])
+def test_clean(text, cleaned):
+    assert clean(text) == cleaned
+
+
+def test_a_stopped_collection_asks_only_for_what_is_missing(questions, tmp_path):
+    """Killed in the middle, with a line half written: the same command pays for no answer twice."""
+    server, out = Server(delay=0.1), tmp_path / "teacher.jsonl"
+    process = start(questions, "--url", server.url, "--model", "m", "--samples", 2, "--in-flight", 1)
+    while not out.exists() or out.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(0.3)
+    there = out.read_text()
+    n_there = there.count("\n")
+    out.write_text(there + '{"id": "2", "strate')
+    again = Server()
+    assert f"{n_there} texts are there" in collect(questions, again)
+    assert len(again.requests) == 18 - n_there and out.read_text().startswith(there)
+    assert set(Counter((line["id"], line["strategy"]) for line in read_lines(out)).values()) == {2}
+    collect(questions, done := Server())
+    assert not done.requests
+
+
+def test_bad_weather_is_survived(questions, tmp_path):
+    """500, 429 with Retry-After, garbage, an error in place of an answer, and silence: asked again, nothing is lost."""
+    server = Server([500, 429, "garbage", "no choices", "nothing"])
+    started = time.time()
+    collect(questions, server, "--timeout", 1)
+    assert len(server.requests) == 18 + 5 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
+    assert time.time() - started > 1
+
+
+def test_a_server_that_stays_broken_is_reported(questions, tmp_path):
+    """One line with the address and what it said last; what was collected before is there and valid."""
+    server = Server(["well"] * 4 + [503] * 100)
+    printed = collect(questions, server, "--attempts", 2, "--in-flight", 1, code=2)
+    last = printed.strip().splitlines()[-1]
+    assert server.url in last and "503" in last and "2 attempts" in last and "Traceback" not in printed
+    assert 1 <= len(read_lines(tmp_path / "teacher.jsonl")) <= 4
+
+
+def test_a_refusal_is_not_asked_again(questions):
+    server = Server([401] * 100)
+    printed = collect(questions, server, "--in-flight", 1, code=2)
+    assert "401" in printed and len(server.requests) <= 2
+
+
+def test_requests_run_at_the_same_time(questions):
+    server = Server(delay=0.3)
+    collect(questions, server, "--in-flight", 6)
+    assert 4 <= server.most <= 6
+
+
+def test_texts_that_the_limit_cut_off_are_marked(questions, tmp_path):
+    server = Server(["long"] * 18)
+    collect(questions, server)
+    assert all(line["finished"] is False for line in read_lines(tmp_path / "teacher.jsonl"))
