@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
                  "gemma": "GemmaForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}  # model_type: transformers' class
@@ -40,7 +42,7 @@ DEFAULTS = {  # of fields that a family's config.json may leave out, where they 
 }
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 # Fields that turn on what we do not implement; refused: a wrong model must not load quietly. Config, these and the RoPE
-# variants (read_rope_bases) are all that transformers' code of these families reads, apart from dropout.
+# variants (read_rope) are all that transformers' code of these families reads, apart from dropout.
 REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention", "attn_logit_softcapping",
            "final_logit_softcapping", "num_experts", "num_local_experts", "quantization_config")
 
@@ -62,6 +64,7 @@ class Config:
     rope_theta: float | None = None             # RoPE base (in Gemma 3: of the full-attention layers)
     tie_word_embeddings: bool | None = None     # the output layer is the embedding matrix
     initializer_range: float = 0.02             # standard deviation of fresh weights
+    rope_scaling: dict | None = None            # Llama 3.1 and later: see rope_frequencies; refused elsewhere
     rope_local_base_freq: float | None = None   # Gemma 3: RoPE base of the sliding layers
     query_pre_attn_scalar: float | None = None  # Gemma 3: scores are divided by its root; elsewhere by sqrt(D)
     sliding_window: int | None = None           # Gemma 3: keys seen by a query of a sliding layer, its own included
@@ -105,7 +108,7 @@ class Config:
                 if fields.get(name) not in (None, False):
                     raise ValueError(f"{name} = {fields[name]!r} is not implemented")
             names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-            known = {name: fields[name] for name in names if fields.get(name) is not None} | read_rope_bases(fields)
+            known = {name: fields[name] for name in names if fields.get(name) is not None} | read_rope(fields)
             if known.get("model_type") == "gemma3_text":  # there the activation has another name
                 known["hidden_act"] = fields.get("hidden_activation")
             if known.get("model_type") == "gemma" and known.get("hidden_act") == "gelu":
@@ -116,24 +119,29 @@ class Config:
             raise ValueError(f"{path}: {error}") from error
 
 
-def read_rope_bases(fields: dict) -> dict:
-    """The RoPE bases that a config.json gives in the spelling of transformers 5, under the names of transformers 4.
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-    4: {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": null}, which are fields of Config as they are
+
+def read_rope(fields: dict) -> dict:
+    """The RoPE settings of a config.json in either spelling, under the names of transformers 4, which are Config's.
+
+    4: {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": null or {"rope_type": "llama3", "factor": ...}}
     5: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, or in Gemma 3 one such dict per layer type:
        {"rope_parameters": {"full_attention": {...}, "sliding_attention": {...}}}
     """
-    bases = {}
+    settings = {"rope_scaling": None}
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.get(name) or {}
         per_layer_type = value if "full_attention" in value else {"full_attention": value}
         for layer_type, rope in per_layer_type.items():
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
-                raise ValueError(f"{name} = {value!r} is not implemented, only rope_type 'default'")
+            kind, rest = rope.get("rope_type", rope.get("type", "default")), rope.keys() - {"rope_type", "type", "rope_theta"}
+            if kind == "llama3" and fields.get("model_type") == "llama" and rest == set(LLAMA3_ROPE):
+                settings["rope_scaling"] = {"rope_type": kind} | {key: rope[key] for key in LLAMA3_ROPE}
+            elif kind != "default" or rest:
+                raise ValueError(f"{name} = {value!r} is not implemented, only rope_type 'default' and Llama's 'llama3'")
             if "rope_theta" in rope:
-                bases["rope_theta" if layer_type == "full_attention" else "rope_local_base_freq"] = rope["rope_theta"]
-    return bases
+                settings["rope_theta" if layer_type == "full_attention" else "rope_local_base_freq"] = rope["rope_theta"]
+    return settings
 
 
 class RMSNorm(nn.Module):
@@ -149,14 +157,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
-def rope_cos_sin(positions, base: float, D: int, dtype):
-    """Positions (B, T) -> cos and sin of the angles that `rotate` turns by, each (B, 1, T, D).
+def rope_frequencies(base: float, D: int, scaling: dict | None, device=None):
+    """Radians per position that each pair of a head turns by, (D/2,).
+
+    scaling: Llama 3.1 and later (arXiv 2407.21783) stretch what was trained on `original_max_position_embeddings`
+    positions. Pairs that turn slowly, less than low_freq_factor times over those, turn `factor` times slower; those that
+    turn more than high_freq_factor times stay; in between the two are blended.
+    """
+    frequencies = 1 / base ** (torch.arange(0, D, 2, device=device).float() / D)
+    if scaling is None:
+        return frequencies
+    factor, low, high, positions = (scaling[name] for name in LLAMA3_ROPE)
+    turns = positions * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: as it was
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def rope_cos_sin(positions, frequencies, dtype):
+    """Positions (B, T) and frequencies (D/2,) -> cos and sin of the angles that `rotate` turns by, each (B, 1, T, D).
 
     Computed in float32 for every dtype: bfloat16 cannot tell position 257 from 256.
     """
-    frequencies = 1 / base ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,)
-    angles = positions[:, None, :, None].float() * frequencies                              # (B, 1, T, D/2)
-    angles = torch.cat([angles, angles], dim=-1)                                            # (B, 1, T, D)
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)                # (B, 1, T, D)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -172,6 +195,17 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], dim=-1) * sin  # a cos - b sin | b cos + a sin
 
 
+class Linear(nn.Linear):
+    """y = x W^T + b; with LoRA (arXiv 2106.09685) a trained low-rank term is added to a frozen W: (W + scale B A)."""
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_A = self.lora_B = None  # (rank, in), (out, rank): set by Decoder.add_lora
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.lora_A is None else y + self.lora_scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
 class Attention(nn.Module):
     """Causal self-attention; H / H_kv neighbouring query heads share a key and value head (arXiv 2305.13245)."""
     def __init__(self, config: Config, index: int):
@@ -179,10 +213,10 @@ class Attention(nn.Module):
         C, D, H, H_kv = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.index, self.head_dim, self.shared_keys = index, D, H_kv < H  # index: our layer of the cache
         self.scale = (config.query_pre_attn_scalar or D) ** -0.5
-        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, H_kv * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, H_kv * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, H_kv * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, H_kv * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, C, bias=False)
         self.q_norm = RMSNorm(D, config) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config) if config.qk_norm else nn.Identity()
 
@@ -203,9 +237,9 @@ class MLP(nn.Module):
     """Gated MLP (arXiv 2002.05202)."""
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
@@ -250,6 +284,7 @@ class Decoder(nn.Module):
     `Decoder(config)` has fresh weights: normal with standard deviation initializer_range, biases 0, norms the identity.
     They come from torch's global generator, so call torch.manual_seed(seed) first.
     """
+    checkpointing = False  # True: the backward pass computes each layer anew instead of remembering its inside
 
     def __init__(self, config: Config):
         super().__init__()
@@ -294,30 +329,52 @@ class Decoder(nn.Module):
         # Sliding layers get a mask of their own, (1 or B, 1, T, S), only when S exceeds the window.
         mask = None if S == T else visible_keys(positions, S)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
-        inputs = {"full_attention": (mask, *rope_cos_sin(positions, config.rope_theta, config.head_dim, x.dtype))}
+        turns = rope_frequencies(config.rope_theta, config.head_dim, config.rope_scaling, x.device)  # (D/2,)
+        inputs = {"full_attention": (mask, *rope_cos_sin(positions, turns, x.dtype))}
         if config.sliding_layers:
             mask = mask if S <= config.sliding_window else visible_keys(positions, S, config.sliding_window)
-            cos_sin = rope_cos_sin(positions, config.rope_local_base_freq, config.head_dim, x.dtype)
-            inputs["sliding_attention"] = (mask, *cos_sin)
+            turns = rope_frequencies(config.rope_local_base_freq, config.head_dim, None, x.device)
+            inputs["sliding_attention"] = (mask, *rope_cos_sin(positions, turns, x.dtype))
         if config.scale_embedding:  # by a factor rounded to the dtype, as in the reference
             x = x * torch.tensor(math.sqrt(config.hidden_size), dtype=x.dtype)
-        for layer in self.model.layers:
-            x = layer(x, *inputs[layer.layer_type], cache)  # (B, T, C)
+        for layer in self.model.layers:  # x: (B, T, C)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *inputs[layer.layer_type], cache, use_reentrant=False)
+            else:
+                x = layer(x, *inputs[layer.layer_type], cache)
         return self.model.norm(x)
+
+    def add_lora(self, rank: int = 16, alpha: float = 32, seed: int = 0) -> None:
+        """Freezes all parameters and adds trained ones, lora_A and lora_B, to the seven projections of every layer.
+
+        B starts at 0, so that at first nothing changes; A is uniform within 1 / sqrt(in), as in peft.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        self.requires_grad_(False)
+        for linear in (module for module in self.modules() if isinstance(module, Linear)):
+            bound, weight = linear.in_features ** -0.5, linear.weight
+            A = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+            linear.lora_A, linear.lora_B = nn.Parameter(A.to(weight)), nn.Parameter(weight.new_zeros(len(weight), rank))
+            linear.lora_scale = alpha / rank
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Adds what LoRA has learned to the weights, removes it, and makes all parameters trainable again."""
+        for linear in (module for module in self.modules() if isinstance(module, Linear) and module.lora_A is not None):
+            linear.weight += linear.lora_scale * linear.lora_B @ linear.lora_A
+            linear.lora_A = linear.lora_B = None
+        self.requires_grad_(True)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Decoder":
         """Loads a Hugging Face folder. FileNotFoundError or ValueError names the file and what is wrong with it."""
         folder = Path(folder)
-        index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.exists():
-            raise ValueError(f"{index}: sharded checkpoints are not read, only a single model.safetensors")
-        for path in (folder, folder / "config.json", weights):
+        for path in (folder, folder / "config.json"):
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
         with torch.device("meta"):  # shapes without memory; then the tensors that were read become the parameters
             model = cls(Config.from_json(folder / "config.json"))
-        model.load_state_dict(read_tensors(weights, model.state_dict(), dtype, device), assign=True)
+        model.load_state_dict(read_tensors(folder, model.state_dict(), dtype, device), assign=True)
         return model
 
     def save_pretrained(self, folder) -> None:
@@ -333,25 +390,56 @@ class Decoder(nn.Module):
         (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in ("model.safetensors", "config.json"):
             os.replace(folder / f"{name}.tmp", folder / name)
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded checkpoint that was here
 
 
-def read_tensors(path: Path, expected: dict, dtype, device) -> dict:
-    """Reads the tensors named in `expected`. ValueError unless the file holds these, in their shapes, and no others."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, head, embedding = set(file.keys()), "lm_head.weight", "model.embed_tokens.weight"
-            if head not in expected and {head, embedding} <= names:  # tied, but some files store the matrix twice
-                if not torch.equal(file.get_tensor(head), file.get_tensor(embedding)):
-                    raise ValueError(f"{path}: tensor {head} differs from {embedding}, but tie_word_embeddings is true")
-                names.remove(head)
-            for name in sorted(names ^ expected.keys()):
-                raise ValueError(f"{path}: tensor {name} is {'missing' if name in expected else 'not expected'}")
-            for name, tensor in expected.items():
-                shape, stored = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
-                if shape != list(tensor.shape) or stored not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{path}: tensor {name} is {stored} {shape}, must be float {list(tensor.shape)}")
-            # One by one: memory for one copy. What needs no conversion stays a private view of the file, which may be
-            # replaced, as save_pretrained does, but not overwritten in place while the model lives.
-            return {name: file.get_tensor(name).to(device, dtype) for name in expected}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
+def find_shards(folder: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files of a checkpoint and the tensors in each: one (None: all it has), or those of an index file.
+
+    FileNotFoundError or ValueError, before any weight is read, if one is missing or one more lies there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        shards = {folder / "model.safetensors": None}
+    else:
+        try:
+            weight_map, shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"], {}
+            for name, file in weight_map.items():
+                shards.setdefault(folder / file, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not the index of a sharded checkpoint: {type(error).__name__}: {error}") from error
+        for extra in sorted(set(folder.glob("model-*-of-*.safetensors")) - shards.keys()):
+            raise ValueError(f"{extra}: this shard is not in {index}")
+    for path in shards:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist" + (f", but {index} names it" if index.exists() else ""))
+    return shards
+
+
+def read_tensors(folder: Path, expected: dict, dtype, device) -> dict:
+    """Reads the tensors named in `expected`. ValueError unless the files hold these, in their shapes, and no others."""
+    head, embedding, found = "lm_head.weight", "model.embed_tokens.weight", {}  # found: tensor -> (path, open file)
+    with ExitStack() as stack:
+        for path, names in find_shards(folder).items():
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
+            for name in sorted(set(file.keys()) ^ set(file.keys() if names is None else names)):
+                raise ValueError(f"{path}: tensor {name} is {'missing' if name in names else 'not in the index'}")
+            found |= {name: (path, file) for name in file.keys()}
+        if head not in expected and {head, embedding} <= found.keys():  # tied, but some files store the matrix twice
+            if not torch.equal(*(found[name][1].get_tensor(name) for name in (head, embedding))):
+                raise ValueError(f"{found[head][0]}: tensor {head} differs from {embedding}, but tie_word_embeddings is true")
+            del found[head]
+        for name in sorted(found.keys() ^ expected.keys()):
+            where, what = (found[name][0], "not expected") if name in found else (path, "missing")
+            raise ValueError(f"{where}: tensor {name} is {what}")
+        for name, tensor in expected.items():
+            path, file = found[name]
+            shape, stored = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+            if shape != list(tensor.shape) or stored not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{path}: tensor {name} is {stored} {shape}, must be float {list(tensor.shape)}")
+        # One by one: memory for one copy. What needs no conversion stays a private view of the file, which may be
+        # replaced, as save_pretrained does, but not overwritten in place while the model lives.
+        return {name: found[name][1].get_tensor(name).to(device, dtype) for name in expected}

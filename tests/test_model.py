@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import Config, Decoder, rope_cos_sin, visible_keys  # noqa: E402
+from model import Config, Decoder, rope_cos_sin, rope_frequencies, visible_keys  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text"]
+FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "gemma", "gemma_untied", "gemma3_text"]  # llama3: in three shards
 TINY = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -142,7 +142,7 @@ def test_bfloat16_is_near_float32():
 
 def test_rope_is_computed_in_float32_for_every_dtype():
     positions = torch.tensor([[255, 256, 257, 1001]])  # bfloat16 has no number between 256 and 258
-    cos, sin = rope_cos_sin(positions, 100.0, 4, torch.bfloat16)
+    cos, sin = rope_cos_sin(positions, rope_frequencies(100.0, 4, None), torch.bfloat16)
     angles = torch.tensor([[p, p / 10, p, p / 10] for p in (255, 256, 257, 1001)], dtype=torch.float64)
     assert (cos[0, 0] - angles.cos()).abs().max() < 1 / 256  # half a step of bfloat16 just below 1
     assert (sin[0, 0] - angles.sin()).abs().max() < 1 / 256
@@ -293,6 +293,62 @@ def test_fresh_config_is_written_with_its_extra_fields(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# LoRA and activation checkpointing
+
+
+def with_adapters():
+    """The fixture "qwen2" with the adapters of lora.safetensors, and what peft computes with them."""
+    stored = load_file(FIXTURES / "lora.safetensors")
+    model = Decoder.from_pretrained(FIXTURES / "qwen2")
+    model.add_lora(rank=3, alpha=7)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.copy_(stored[name])
+    return model, stored
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_gives_the_loss_and_gradients_of_peft(checkpointing):
+    """Only the adapters are trained; also with activations computed twice, which must change nothing."""
+    model, stored = with_adapters()
+    model.checkpointing = checkpointing
+    tokens, _ = expected("qwen2")
+    with torch.enable_grad():
+        logits = model(tokens)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+    assert (logits - stored["logits"]).abs().max() < 1e-4 and (loss - stored["loss"]).abs() < 1e-5
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == {name for name in stored if "lora" in name and not name.endswith("grad")}
+    for name, parameter in trained.items():
+        assert (parameter.grad - stored[f"{name}.grad"]).abs().max() < 1e-5, name
+
+
+def test_fresh_adapters_change_nothing_and_follow_the_seed():
+    tokens, logits = expected("qwen2")
+    models = [Decoder.from_pretrained(FIXTURES / "qwen2") for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2)):
+        model.add_lora(seed=seed)
+        assert (model(tokens) - logits).abs().max() < 1e-4
+    first, again, other = (model.model.layers[1].mlp.up_proj.lora_A for model in models)
+    assert first.shape == (16, 16) and torch.equal(first, again) and not torch.equal(first, other)
+    assert 0.2 < first.abs().max() <= 0.25  # 1 / sqrt(16)
+
+
+def test_merged_adapters_give_the_same_logits(tmp_path):
+    """And leave a plain model: every parameter trainable again, a checkpoint with the names of any other."""
+    model, stored = with_adapters()
+    model.merge_lora()
+    tokens, _ = expected("qwen2")
+    assert (model(tokens) - stored["logits"]).abs().max() < 1e-4
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    assert (Decoder.from_pretrained(tmp_path)(tokens) - stored["logits"]).abs().max() < 1e-4
+    model.merge_lora()  # nothing left to merge
+    assert (model(tokens) - stored["logits"]).abs().max() < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # config.json
 
 
@@ -301,7 +357,8 @@ def spell_rope_as_transformers_4(config):
     if "full_attention" in rope:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
-    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    scaling = rope if rope["rope_type"] != "default" else None  # an extra rope_theta inside does no harm
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -340,6 +397,8 @@ def test_other_spellings_of_gemma_configs(tmp_path):
     ("llama", "quantization_config", {"quant_method": "gptq"}),
     ("llama", "num_local_experts", 8),
     ("llama", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("qwen2", "rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                               "original_max_position_embeddings": 64}),
     ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
     ("llama", "rope_parameters", {"rope_type": "yarn", "rope_theta": 100.0}),
     ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}),
@@ -438,11 +497,74 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path):
         Decoder.from_pretrained(folder)
 
 
-def test_a_sharded_checkpoint_is_refused(tmp_path):
-    folder = copy_checkpoint("llama", tmp_path)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+def shards(folder):
+    return sorted(folder.glob("model-*-of-00003.safetensors"))
+
+
+def test_a_stray_file_beside_the_shards_is_not_read(tmp_path):
+    """Pitfall 12: the index says what belongs to the checkpoint."""
+    tokens, logits = expected("llama3")
+    folder = copy_checkpoint("llama3", tmp_path)
+    shutil.copy(FIXTURES / "llama/model.safetensors", folder)
+    assert (Decoder.from_pretrained(folder)(tokens) - logits).abs().max() < 1e-4
+
+
+def test_saving_over_a_sharded_checkpoint(tmp_path):
+    """What is loaded afterwards is what was saved, not the shards that lie there still."""
+    model = Decoder.from_pretrained(copy_checkpoint("llama3", tmp_path))
+    model.model.norm.weight += 1
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Decoder.from_pretrained(tmp_path).model.norm.weight, model.model.norm.weight)
+
+
+def drop_shard(folder):
+    shards(folder)[1].unlink()
+    return FileNotFoundError, shards(FIXTURES / "llama3")[1].name
+
+
+def add_shard(folder):
+    shutil.copy(shards(folder)[0], folder / "model-00004-of-00004.safetensors")
+    return ValueError, "model-00004-of-00004.safetensors"
+
+
+def drop_tensor(folder):
+    weights = load_file(shards(folder)[0])
+    name, _ = weights.popitem()
+    save_file(weights, shards(folder)[0])
+    return ValueError, name
+
+
+def add_tensor(folder):
+    save_file(load_file(shards(folder)[2]) | {"one.more": torch.zeros(1)}, shards(folder)[2])
+    return ValueError, "one.more"
+
+
+def cut_shard(folder):
+    shards(folder)[1].write_bytes(shards(folder)[1].read_bytes()[:-7])
+    return ValueError, shards(folder)[1].name
+
+
+def change_index(change):
+    def break_it(folder):
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        index.write_text(json.dumps(change(content)))
+        return ValueError, "model.norm.weight" if isinstance(content.get("weight_map"), dict) else index.name
+    return break_it
+
+
+@pytest.mark.parametrize("break_it", [
+    drop_shard, add_shard, drop_tensor, add_tensor, cut_shard,
+    change_index(lambda index: index["weight_map"].pop("model.norm.weight") and index),
+    change_index(lambda index: index["weight_map"].update({"model.norm.weight": "model-00001-of-00003.safetensors"}) or index),
+    change_index(lambda index: index.clear() or index), change_index(lambda index: index.update(weight_map=[]) or index)])
+def test_a_broken_sharded_checkpoint_is_named(break_it, tmp_path):
+    """A missing or extra shard or tensor, a cut file, an index that tells of something else: by the file or the tensor."""
+    folder = copy_checkpoint("llama3", tmp_path)
+    error, named = break_it(folder)
+    with pytest.raises(error) as raised:
         Decoder.from_pretrained(folder)
+    assert named in str(raised.value) and str(folder) in str(raised.value)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
