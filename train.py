@@ -31,6 +31,8 @@ from siked import MODES, STRATEGIES, Student
 
 HERE = Path(__file__).resolve().parent
 IGNORE = -100  # the target at positions that the loss leaves out
+PAPER = {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "accumulation": 4, "lr": 2e-4, "warmup": 5,
+         "weight_decay": 0.01, "lora": 16, "lora_alpha": 32, "max_length": 1024, "seed": 42}  # Qwen2: 3e-4 and a cosine
 
 
 def number(kind, low, high=math.inf):
@@ -62,6 +64,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--model", type=Path, default=HERE / "data/student", help="student: a Hugging Face folder (the embedded one)")
     group("--data", type=Path, default=HERE / "data/toy", help="folder with {train,teacher,test}.jsonl (the embedded one)")
     group("--out", type=Path, default=Path("out"), help="run folder")
+    group("--preset", choices=("paper",), help="defaults as in the paper: " + ", ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in PAPER.items()))
     group("--iters", type=number(int, 0), default=3, help="SIKeD iterations after the first distillation")
     group("--seed", type=number(int, 0), default=0, help="seed of everything random")
     group("--seeds", type=number(int, 1), default=1, help="repeat the run with so many seeds, from --seed on")
@@ -84,14 +88,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--batch-size", type=number(int, 1), default=4, help="examples in one forward pass (paper 2)")
     group("--accumulation", type=number(int, 1), default=4, help="forward passes per optimizer step (paper 4)")
     group("--lr", type=number(float, 0), default=2e-3,
-          help="peak learning rate, linear warm-up and decay; this suits the embedded student, real ones need 1e-5 or so")
+          help="peak learning rate, after a linear warm-up; this suits the embedded student, real ones need 1e-5 or so")
     group("--warmup", type=number(int, 1), default=20, help="optimizer steps")
     group("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
+    group("--lora", type=number(int, 0), default=0,
+          help="rank of LoRA adapters, which are merged into the weights after each iteration (paper 16); 0: train all weights")
+    group("--lora-alpha", type=number(float, 0), default=32, help="LoRA: the adapters count alpha / rank times")
+    group("--cosine", action="store_true", help="let the learning rate decay by a cosine instead of a line")
+    group("--checkpointing", action="store_true", help="less memory: compute activations twice instead of keeping them")
     group("--max-length", type=number(int, 2), default=512, help="longer examples are left out and counted (paper 1024)")
     group("--dtype", choices=("float32", "bfloat16"), default="float32",
           help="of the arithmetic in training; weights stay float32")
     group("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group("--rows", type=number(int, 1), default=256, help="texts generated at once; fewer need less memory")
+    if parser.parse_known_args(argv)[0].preset:
+        parser.set_defaults(**PAPER)
     return parser.parse_args(argv)
 
 
@@ -143,10 +154,17 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
     draws the student's choice to programs.
     """
     model = student.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
-                                  fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / args.warmup) * (1 - step / steps))
+    model.checkpointing = args.checkpointing
+    if args.lora:
+        model.add_lora(args.lora, args.lora_alpha, seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+
+    def share_of_peak(step):
+        decay = (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1 - step / steps
+        return min(1, (step + 1) / args.warmup) * decay
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     batches = make_batches(examples, args.batch_size, seed)
     started, n_tokens = time.time(), 0
     with tqdm(total=steps, desc=name, unit="step", disable=None, leave=False) as bar:
@@ -155,14 +173,14 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
             n_trained, total_loss = sum((targets != IGNORE).sum().item() for _, targets in parts), 0
             for tokens, targets in parts:
                 tokens, targets = tokens.to(args.device), targets.to(args.device)       # (B, T)
-                trained = targets != IGNORE                                             # (B, T)
+                counted = targets != IGNORE                                             # (B, T)
                 with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    logits = model.output(model.hidden(tokens)[trained])                # (trained tokens, V)
-                    loss = F.cross_entropy(logits.float(), targets[trained], reduction="sum") / n_trained
+                    logits = model.output(model.hidden(tokens)[counted])                # (trained tokens, V)
+                    loss = F.cross_entropy(logits.float(), targets[counted], reduction="sum") / n_trained
                 loss.backward()
                 total_loss += loss.detach()
                 n_tokens += tokens.numel()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -171,6 +189,7 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
                 seconds = time.time() - started
                 tqdm.write(f"{name}: step {step}/{steps}, loss {total_loss.item():.3f}, "
                            f"{n_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s")
+    model.merge_lora()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,6 +417,8 @@ def write_report(folder: RunFolder) -> None:
 def main() -> None:
     args = parse_args()
     folder = RunFolder(args)
+    if args.preset:
+        print(f"--preset {args.preset}: " + ", ".join(f"{name} {getattr(args, name)}" for name in PAPER))
     for seed in range(args.seed, args.seed + args.seeds):
         data = read_data(args.data, args.held_out, seed)
         questions, teacher, sets = data

@@ -55,7 +55,8 @@ def ragged_examples(count, seed=0):
 
 def settings(**changed) -> Namespace:
     return Namespace(**({"lr": 1e-2, "warmup": 1, "weight_decay": 0.01, "batch_size": 4, "accumulation": 1,
-                         "device": "cpu", "dtype": "float32"} | changed))
+                         "device": "cpu", "dtype": "float32", "lora": 0, "lora_alpha": 32, "cosine": False,
+                         "checkpointing": False} | changed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,15 +242,33 @@ def test_gradients_do_not_pile_up():
         assert norm(step.gradients) == pytest.approx(min(1, norm(gradients_of(model, examples))), rel=1e-3)
 
 
-def test_learning_rate_warms_up_and_falls_to_nearly_0():
-    """Linear both ways; the last step still moves something."""
+@pytest.mark.parametrize("cosine", [False, True])
+def test_learning_rate_warms_up_and_falls_to_nearly_0(cosine):
+    """Up in a line, down in a line or a cosine, which is higher at first; the last step still moves something."""
     with Recorder() as record:
-        fine_tune(tiny_student(), ragged_examples(8), 20, settings(lr=1e-2, warmup=4), 0, "test")
+        fine_tune(tiny_student(), ragged_examples(8), 20, settings(lr=1e-2, warmup=4, cosine=cosine), 0, "test")
     rates = [step.lr for step in record.steps]
     assert len(rates) == 20
     assert rates[0] == pytest.approx(1e-2 / 4) and rates[:4] == sorted(rates[:4])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert max(rates) > 7e-3 and 0 < rates[-1] < 1e-3
+    assert rates[5] == pytest.approx(1e-2 * ((1 + 0.5 ** 0.5) / 2 if cosine else 0.75))  # a quarter of the way
+
+
+def test_lora_moves_the_seven_projections_by_a_matrix_of_its_rank():
+    """And the optimizer holds nothing else: embeddings and norms stay as they were, bit by bit."""
+    student, examples = tiny_student(), ragged_examples(8)
+    before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    with Recorder() as record:
+        fine_tune(student, examples, 3, settings(lora=2, checkpointing=True), 0, "test")
+    after = student.model.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert ("_proj.weight" in name) == (not torch.equal(tensor, before[name])), name
+        if "_proj.weight" in name:
+            assert torch.linalg.matrix_rank(tensor - before[name], rtol=1e-3) == 2, name
+    n_projections = sum("_proj.weight" in name for name in after)
+    assert len(record.steps[0].weights) == 2 * n_projections and all(2 in w.shape for w in record.steps[0].weights)
 
 
 def test_training_lowers_the_loss(capsys):
@@ -407,6 +426,15 @@ def test_over_long_examples_are_left_out_and_counted(tmp_path, capsys):
     kept = [e for e in kept if len(e[0]) + len(e[1]) <= lengths[20]]
     assert len(record.steps) == steps == 1
     assert norm(record.steps[0].gradients) == pytest.approx(min(1, norm(gradients_of(student.model, kept))), rel=1e-3)
+
+
+def test_preset_is_printed_and_gives_way_to_flags(tmp_path, monkeypatch, capsys):
+    """--preset changes the defaults of the flags that it names: the authors' settings, method.md."""
+    assert vars(parse_args(["--preset", "paper"])) == vars(parse_args([])) | train.PAPER | {"preset": "paper"}
+    run_main(monkeypatch, flags(tmp_path, "--preset", "paper", "--lora-alpha", "7"))
+    printed = capsys.readouterr().out
+    assert "lora 16" in printed and "lora_alpha 7" in printed and "samples 1," in printed and "seed 42" in printed
+    assert (tmp_path / "out/seed-42/siked-adaptive-1").is_dir()
 
 
 def test_what_is_left_out_takes_no_steps(tmp_path):
