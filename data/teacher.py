@@ -55,12 +55,13 @@ def ask(args, prompt: str, seed: int) -> tuple[str, bool, int]:
     Errors of the network, time-outs, 429 and 5xx are tried again after waits that double, or after what the server's
     Retry-After asks for; so are answers that are not what the protocol promises. Refused says what the last one was.
     """
-    body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "temperature": args.temperature,
-            "max_tokens": args.max_new_tokens, "seed": seed, "stop": [NEXT]}
+    body = {"prompt": prompt} if args.completions else {"messages": [{"role": "user", "content": prompt}]}
+    body |= {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_new_tokens, "seed": seed,
+             "stop": [NEXT]}
     headers = {"Content-Type": "application/json"}
     if os.environ.get(args.key_variable):
         headers["Authorization"] = f"Bearer {os.environ[args.key_variable]}"
-    address = args.url.rstrip("/") + "/chat/completions"
+    address = args.url.rstrip("/") + ("/completions" if args.completions else "/chat/completions")
     for attempt in range(args.attempts):
         pause = min(60, 2 ** attempt)  # seconds
         try:
@@ -68,7 +69,7 @@ def ask(args, prompt: str, seed: int) -> tuple[str, bool, int]:
             with urllib.request.urlopen(request, timeout=args.timeout) as response:
                 answer = json.load(response)
             choice = answer["choices"][0]
-            text = choice["message"]["content"] or ""
+            text = (choice["text"] if args.completions else choice["message"]["content"]) or ""
             return clean(text), choice.get("finish_reason") != "length", (answer.get("usage") or {}).get("total_tokens", 0)
         except urllib.error.HTTPError as error:
             problem = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
@@ -136,6 +137,7 @@ def parse_args(argv=None):
     add("--out", type=Path, help="where to append (teacher.jsonl beside the questions)")
     add("--url", help="of an OpenAI-compatible server, up to /v1; without it --model is a local checkpoint folder")
     add("--model", required=True, help="its name on the server, or a folder")
+    add("--completions", action="store_true", help="ask for completions, not chat: a base model without a chat template")
     add("--key-variable", default="OPENAI_API_KEY", help="environment variable with the server's key (OPENAI_API_KEY)")
     add("--samples", type=int, default=10, help="texts per question and strategy (10, as in the paper)")
     add("--temperature", type=float, default=0.7, help="(0.7, as in the paper)")

@@ -59,10 +59,12 @@ class Handler(BaseHTTPRequestHandler):
             mood = server.moods.pop(0) if server.moods else "well"
         try:
             time.sleep(server.delay)
-            prompt = body["messages"][0]["content"]
+            chat = "/chat/" in self.path
+            prompt = body["messages"][0]["content"] if chat else body["prompt"]
             strategy = "pot" if "Python" in prompt else "l2m" if "smaller questions" in prompt else "cot"
             content = ANSWERS[strategy] if body["seed"] % 2 == 0 else "Final answer: 3\n\nQuestion: another"
-            answer = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}], "usage": {"total_tokens": 7}}
+            choice = {"message": {"content": content}} if chat else {"text": content}
+            answer = {"choices": [choice | {"finish_reason": "stop"}], "usage": {"total_tokens": 7}}
             if mood == "long":
                 answer["choices"][0]["finish_reason"] = "length"
             if mood == "nothing":
@@ -103,10 +105,11 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_collects_every_sample_of_every_strategy(questions, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--completions",)])
+def test_collects_every_sample_of_every_strategy(questions, tmp_path, flags):
     """What it is for: two texts per question and strategy, in the prompt of the strategy, half of them right here."""
     server = Server()
-    printed = collect(questions, server, OPENAI_API_KEY="secret")
+    printed = collect(questions, server, *flags, OPENAI_API_KEY="secret")
     lines = read_lines(tmp_path / "teacher.jsonl")
     assert Counter((line["id"], line["strategy"]) for line in lines) == {(str(i), s): 2 for i in range(3) for s in STRATEGIES}
     assert {line["text"] for line in lines} == {ANSWERS["cot"], ANSWERS["l2m"], "answer = 1 + 1", "Final answer: 3"}
