@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             if mood == "long":
                 answer["choices"][0]["finish_reason"] = "length"
             if mood == "nothing":
-                time.sleep(2)
+                time.sleep(20)
             elif mood == "garbage":
                 self.reply(200, "<html>busy</html>")
             elif mood == "no choices":
@@ -162,7 +162,7 @@ def test_bad_weather_is_survived(questions, tmp_path):
     started = time.time()
     collect(questions, server, "--timeout", 1)
     assert len(server.requests) == 18 + 5 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
-    assert time.time() - started > 1
+    assert 1 < time.time() - started < 15  # the silence would last 20 s
 
 
 def test_a_server_that_stays_broken_is_reported(questions, tmp_path):
