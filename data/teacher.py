@@ -91,7 +91,7 @@ def ask_server(args, jobs):
         try:
             while True:
                 for question, strategy, k in jobs:
-                    running[pool.submit(ask, args, write_prompt(strategy, question), k)] = question, strategy
+                    running[pool.submit(ask, args, write_prompt(strategy, question), args.seed + k)] = question, strategy
                     if len(running) >= 2 * args.in_flight:
                         break
                 if not running:
@@ -107,14 +107,17 @@ def ask_server(args, jobs):
 # a checkpoint
 
 
-def ask_checkpoint(args, jobs):
-    """The same from a local model: some questions at a time, so that a stop loses little."""
+def ask_checkpoint(args, jobs, seed: int):
+    """The same from a local model: some questions at a time, so that a stop loses little.
+
+    seed: another one for every start, or a question would get the texts again that it got before a stop.
+    """
     teacher = Student.load(args.model, args.max_new_tokens, args.rows, device=args.device)
     jobs = list(jobs)
     for start in tqdm(range(0, len(jobs), args.rows), desc="batches", disable=None, leave=False):
         part = jobs[start:start + args.rows]
         prompts = [teacher.tokenizer.encode(write_prompt(strategy, question)).ids for question, strategy, _ in part]
-        texts = teacher.answer(prompts, seed=args.seed + start, temperature=args.temperature)
+        texts = teacher.answer(prompts, seed=seed + start, temperature=args.temperature)
         for (question, strategy, _), [(text, finished)] in zip(part, texts):
             yield question, strategy, clean(text), finished or NEXT in text, len(teacher.encode(text))
 
@@ -163,9 +166,10 @@ def main() -> None:
     jobs = [(question, strategy, k) for k in range(args.samples) for question in questions for strategy in STRATEGIES
             if k >= n_there[question.id, strategy]]
     print(f"{out}: {len(there)} texts are there, {len(jobs)} to come")
+    answers = ask_server(args, jobs) if args.url else ask_checkpoint(args, jobs, args.seed + len(there))
     n_tokens = 0
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="text", disable=None) as bar:
-        for question, strategy, text, finished, used in (ask_server if args.url else ask_checkpoint)(args, jobs):
+        for question, strategy, text, finished, used in answers:
             record = {"id": question.id, "strategy": strategy, "text": text} | ({} if finished else {"finished": False})
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,3 +191,25 @@ def test_texts_that_the_limit_cut_off_are_marked(questions, tmp_path):
     server = Server(["long"] * 18)
     collect(questions, server)
     assert all(line["finished"] is False for line in read_lines(tmp_path / "teacher.jsonl"))
+
+
+def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
+    """The embedded student will do, told that it has more positions: the eight examples are long for its tokenizer. A
+    second start brings new texts, not those of the first again."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data/student", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+
+    def collect(samples):
+        process = start(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12, "--rows", 4)
+        printed = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, printed
+        return read_lines(tmp_path / "teacher.jsonl")
+
+    first = collect(1)
+    assert Counter((line["id"], line["strategy"]) for line in first) == {(str(i), s): 1 for i in range(3) for s in STRATEGIES}
+    both = collect(2)
+    assert both[:9] == first and len(both) == 18
+    texts = {(line["id"], line["strategy"], line["text"]) for line in both}
+    assert len(texts) > 14  # of 18, if no text came twice; with the seeds of the first start 9
