@@ -228,8 +228,11 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # (B, H_kv, S, D): what was cached, and ours
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
-                                           enable_gqa=self.shared_keys)  # (B, H, T, D)
+        if T == 1:  # the query heads that share a key head become so many queries of it: several times as fast
+            q = q.view(B, k.shape[1], -1, self.head_dim)  # (B, H_kv, H / H_kv, D), which are no sequence: never causal
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
+                                           enable_gqa=T > 1 and self.shared_keys)
+        y = y.reshape(B, -1, T, self.head_dim)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -309,18 +312,23 @@ class Decoder(nn.Module):
 
     def output(self, hidden):
         """States (..., C) -> logits (..., V). Most of the work where V is 262,144: pass only the states you need."""
-        return F.linear(hidden, (self.lm_head or self.model.embed_tokens).weight)
+        return F.linear(hidden, self.output_weight())
+
+    def output_weight(self):
+        """The matrix (V, C) of `output`."""
+        return (self.lm_head or self.model.embed_tokens).weight
 
     def hidden(self, tokens, cache=None):
         """Tokens (B, T) -> states after the final norm (B, T, C).
 
-        cache.lengths (B,) says how many tokens each row has cached; cache.update(layer, k, v) stores new keys, values
-        behind those and returns all, (B, H_kv, S, D) each, S = max(lengths) + T. The caller then advances lengths.
+        cache.lengths (B,) says how many tokens each row has cached, cache.longest the most; cache.update(layer, k, v)
+        stores new keys and values behind those and returns all, (B, H_kv, S, D) each, S = longest + T. The caller then
+        advances lengths.
         """
         config, T = self.config, tokens.shape[1]
         positions, S = torch.arange(T, device=tokens.device)[None], T  # (1, T)
         if cache is not None:
-            positions, S = cache.lengths[:, None] + positions, int(cache.lengths.max()) + T  # (B, T)
+            positions, S = cache.lengths[:, None] + positions, cache.longest + T  # (B, T)
         # The masks, built here once for all layers.
         # Training and prefill (nothing cached, S = T): query t sees keys 0 .. t in every row, a (T, T) triangle that
         #   needs no tensor: None stands for is_causal=True, the fast path.
@@ -343,6 +351,15 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, *inputs[layer.layer_type], cache)
         return self.model.norm(x)
+
+    def cast(self, dtype) -> "Decoder":
+        """A copy in another dtype, to sample with; the model itself if it is in that dtype."""
+        if dtype == self.model.norm.weight.dtype:
+            return self
+        with torch.device("meta"):
+            copy = Decoder(self.config)
+        copy.load_state_dict({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, assign=True)
+        return copy
 
     def add_lora(self, rank: int = 16, alpha: float = 32, seed: int = 0) -> None:
         """Freezes all parameters and adds trained ones, lora_A and lora_B, to the seven projections of every layer.

@@ -1,38 +1,41 @@
-"""Samples text from a decoder: token ids in, token ids out. It knows nothing of tokenizers or strategies.
+"""Samples texts from a Decoder with a KV cache: `generate` is the whole interface. Knows nothing of text or strategies.
 
     texts = generate(model, prompts, n=10, max_new_tokens=512, temperature=0.7, top_p=0.95, stop_ids=[2])
     texts[0][3]                           # sample 3 of prompt 0: a list of ids, without the stop id
     is_finished(texts[0][3], 512)         # False: it was cut off at 512 tokens and must not be trained on
 
-How a batch is decoded:
-    prefill     The prompts, padded on the right, go through the model once each. That fills a KV cache and gives the
-                logits of every prompt's first new token.
-    share       Each prompt's line of the cache is copied to its n samples: one prefill, n rows.
-    step        One token per row is drawn from the logits and fed to the model, which returns the next logits. Rows
-                have different lengths: each writes to the cache at its own length, so no row is ever padded inside.
-    compaction  A row that drew a stop id is finished. It still takes part in the steps until enough rows have finished
-                to make it worth copying the others into a smaller cache.
+How the batch is kept full; `plan` is a function, the rest is the loop of `decode`:
+    plan        The samples to draw are put in groups whose prompts begin alike: a question under several strategy tags.
+    leave       Rows that drew a stop id, or all the tokens that they may, are finished: their texts go out.
+    refill      The next groups take the free rows. `prefill` passes what the prompts of a group share through the model
+                once, then the few tokens in which they differ; each such line of its cache is copied to the rows that
+                draw a sample of the prompt.
+    shrink      When no group waits any more, the running rows are copied to a smaller cache now and then.
+    step        One token per row is fed to the model and the next one drawn from the logits. Rows have different
+                lengths: each writes to the cache at its own length, so no row is ever padded inside.
 
 Dimension letters as in model.py: B rows, T tokens fed per row, S keys seen, H key and value heads, D width of a head,
-V vocabulary size.
+C width of the hidden states, V vocabulary size.
 """
 import hashlib
+from collections import deque
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-COMPACT_BELOW = 3 / 4  # running rows / rows in the cache at which a copy pays: one costs about as much as two steps
-ROOM = 64              # tokens; a cache starts with room for so many new ones and grows from there
+FREE_SHARE = 1 / 8  # of the rows: so many must be free before a refill, which costs a small forward pass of its own
+KEEP_SHARE = 3 / 4  # running rows / rows at which a copy to a smaller cache pays: it costs about as much as two steps
+LOOK_AFTER = {"cpu": 1, "cuda": 16}  # steps; to look who has finished, the host waits for the device
 
 
 class KVCache:
     """The keys and values of every layer for the tokens that each row has passed through the model.
 
     Key j of a row sits at its place j, whatever the other rows' lengths are. Places from `lengths` on hold zeros or
-    leftovers of padding: no query sees them before they are overwritten. They are never uninitialised memory, because
-    attention multiplies hidden values by 0, and 0 * NaN is NaN.
+    leftovers, of padding or of a row's former text: no query sees them before they are overwritten. They are never
+    uninitialised memory, because attention multiplies hidden values by 0, and 0 * NaN is NaN.
     """
 
     def __init__(self, rows: int, capacity: int, device="cpu"):
@@ -41,25 +44,30 @@ class KVCache:
         self.capacity = capacity  # tokens per row that the buffers have room for
         self.buffers = []         # one [keys, values] per layer, (B, H, capacity, D) each
 
+    def reserve(self, layer_index: int, k, v) -> list:
+        """The layer's [keys, values], with room for `capacity` tokens; made on first use, like k and v (any, H, any, D)."""
+        if layer_index == len(self.buffers):
+            self.buffers.append([new.new_zeros(len(self.lengths), new.shape[1], 0, new.shape[3]) for new in (k, v)])
+        pair = self.buffers[layer_index]
+        missing = self.capacity - pair[0].shape[2]
+        if missing > 0:
+            pair[:] = [F.pad(buffer, (0, 0, 0, missing)) for buffer in pair]  # copies with zeros behind
+        return pair
+
     def update(self, layer_index: int, k, v):
         """Writes the new k and v (B, H, T, D) behind each row's tokens; returns all keys and values (B, H, S, D).
 
         S = max(lengths) + T. The layers of a forward pass are updated in order, from 0.
         """
-        B, H, T, D = k.shape
-        S = self.longest + T
+        T, S = k.shape[2], self.longest + k.shape[2]
         if layer_index == 0:  # the places are the same in all layers
-            self.rows = torch.arange(B, device=k.device)[:, None]                   # (B, 1)
+            self.rows = torch.arange(len(k), device=k.device)[:, None]              # (B, 1)
             self.places = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
             if S > self.capacity:
                 self.capacity = max(S, self.capacity * 3 // 2)
-        if layer_index == len(self.buffers):  # the first forward pass
-            self.buffers.append([k.new_zeros(B, H, 0, D), v.new_zeros(B, H, 0, D)])
-        pair = self.buffers[layer_index]
-        for i, new in enumerate((k, v)):
-            if pair[i].shape[2] < self.capacity:
-                pair[i] = F.pad(pair[i], (0, 0, 0, self.capacity - pair[i].shape[2]))  # a copy with zeros behind
-            pair[i][self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, H, D): the indexed dimensions come first
+        pair = self.reserve(layer_index, k, v)
+        for buffer, new in zip(pair, (k, v)):
+            buffer[self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, H, D): the indexed dimensions come first
         return pair[0][:, :, :S], pair[1][:, :, :S]  # views
 
     def advance(self, counts):
@@ -67,28 +75,20 @@ class KVCache:
         self.lengths = self.lengths + counts
         self.longest = self.longest + counts if isinstance(counts, int) else int(self.lengths.max())
 
-    def select(self, rows) -> "KVCache":
-        """A new cache with copies of these rows: indices (any number,), some of them left out or repeated."""
-        chosen = KVCache(len(rows), self.capacity)
-        chosen.lengths = self.lengths[rows]
-        chosen.longest = int(chosen.lengths.max())
-        chosen.buffers = [[buffer.index_select(0, rows) for buffer in pair] for pair in self.buffers]
+    def put(self, rows, other: "KVCache", lines) -> None:
+        """Overwrites these rows with lines of another cache: indices (N,) and (N,). A line may go to many rows."""
+        self.capacity, S = max(self.capacity, other.longest), other.longest
+        for layer_index, theirs in enumerate(other.buffers):
+            for mine, buffer in zip(self.reserve(layer_index, *theirs), theirs):
+                mine[rows, :, :S] = buffer[lines, :, :S]
+        self.lengths[rows] = other.lengths[lines]
+        self.longest = int(self.lengths.max())
+
+    def select(self, lines) -> "KVCache":
+        """A new cache with copies of these lines: indices (any number,), some of them left out or repeated."""
+        chosen = KVCache(len(lines), self.capacity, self.lengths.device)
+        chosen.put(torch.arange(len(lines), device=lines.device), self, lines)
         return chosen
-
-
-def nucleus_threshold(probabilities, top_p: float, looked_at: int = 16):
-    """(B, V) -> (B, 1): the smallest probability in each row's nucleus, the fewest ids that together reach top_p.
-
-    The nucleus of a trained model rarely has more than a few ids, while sorting all V would take a good part of a step.
-    So only the likeliest `looked_at` ids are sorted at first, and more of them for the rows where these do not suffice.
-    """
-    top = probabilities.topk(min(looked_at, probabilities.shape[1])).values  # (B, K), in falling order
-    place = (top.cumsum(-1) < top_p).sum(-1, keepdim=True)  # (B, 1): where the sum reaches top_p; K if it does not
-    threshold = top.gather(1, place.clamp(max=top.shape[1] - 1))  # (B, 1)
-    wider = place[:, 0] == top.shape[1]                           # (B,)
-    if looked_at < probabilities.shape[1] and wider.any():
-        threshold[wider] = nucleus_threshold(probabilities[wider], top_p, 16 * looked_at)
-    return threshold
 
 
 def sample_next_token(logits, temperature: float, top_p: float, uniforms):
@@ -99,18 +99,44 @@ def sample_next_token(logits, temperature: float, top_p: float, uniforms):
     kept stay too, so that the result does not depend on how a sort orders equals.
     """
     if temperature < 1e-6:
-        return logits.argmax(-1)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the maximum is 0: nothing overflows
+        return logits.max(-1).indices  # argmax is three times slower in bfloat16 on a CPU
+    logits = logits.to(torch.float32, copy=True)
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)  # the maximum is 0: nothing overflows
     probabilities = torch.softmax(logits, dim=-1)  # (B, V)
-    if top_p < 1:
-        probabilities = probabilities.where(probabilities >= nucleus_threshold(probabilities, top_p), 0)
-    # Inverse of the distribution function: the first id whose cumulative sum exceeds uniform * total. An id of
-    # probability 0 does not raise the sum, so it is never the first.
-    cumulative = probabilities.cumsum(-1)                 # (B, V)
-    wanted = uniforms[:, None] * cumulative[:, -1:]       # (B, 1); the kept ids' total need not be 1
+    if top_p == 1:
+        return invert(probabilities, uniforms)
+    # Sorting all V would take a good part of a step on a CPU; on a GPU, asking which rows need more would stop it.
+    return sample_nucleus(probabilities, top_p, uniforms, 32 if logits.device.type == "cpu" else logits.shape[1])
+
+
+def sample_nucleus(probabilities, top_p: float, uniforms, looked_at: int):
+    """Draws one id per row, (B,), from the nucleus of probabilities (B, V): the likeliest that reach top_p together.
+
+    The nucleus of a trained model rarely has more than a few ids. So only the likeliest `looked_at` are sorted at first,
+    and more of them for the rows where these do not suffice.
+    """
+    K = min(looked_at, probabilities.shape[1])
+    top, ids = probabilities.topk(K)  # (B, K), in falling order
+    place = (top.cumsum(-1) < top_p).sum(-1, keepdim=True)  # (B, 1): where the sum reaches top_p; K if it does not
+    threshold = top.gather(1, place.clamp(max=K - 1))       # (B, 1): the smallest probability in the nucleus
+    if K == probabilities.shape[1]:
+        return invert(probabilities.where(probabilities >= threshold, 0), uniforms)
+    ids, order = ids.sort()                                 # (B, K), in the order of `invert`
+    kept = top.where(top >= threshold, 0).gather(1, order)
+    tokens = ids.gather(1, invert(kept, uniforms)[:, None])[:, 0]  # (B,)
+    wider = (top[:, -1:] >= threshold)[:, 0]  # (B,): top_p is not reached, or there may be more of the last one's equals
+    if wider.any():
+        tokens[wider] = sample_nucleus(probabilities[wider], top_p, uniforms[wider], 16 * K)
+    return tokens
+
+
+def invert(probabilities, uniforms):
+    """The inverse of the distribution function: for each row the first place whose cumulative sum exceeds its uniform
+    times the total, which need not be 1. A place of probability 0 does not raise the sum, so it is never the first."""
+    cumulative = probabilities.cumsum(-1)                             # (B, V)
+    wanted = uniforms[:, None] * cumulative[:, -1:]                   # (B, 1)
     found = torch.searchsorted(cumulative, wanted, right=True)[:, 0]  # (B,)
-    return found.clamp(max=logits.shape[-1] - 1)  # a guard: a parallel sum on a GPU need not rise evenly
+    return found.clamp(max=probabilities.shape[1] - 1)  # a guard: a parallel sum on a GPU need not rise evenly
 
 
 def draw_uniforms(seed: int, prompt: list[int], sample: int, count: int):
@@ -128,50 +154,122 @@ def is_finished(sample: list[int], max_new_tokens: int) -> bool:
     return len(sample) < max_new_tokens
 
 
-def prefill(model, prompts: list[list[int]], n_tokens: int):
-    """Feeds the prompts; returns their cache and the logits (B, n_tokens) of each prompt's next token."""
-    device = next(model.parameters()).device
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)  # (B, T)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)                        # (B,)
-    cache = KVCache(len(prompts), tokens.shape[1] + ROOM, device)
+def count_shared(prompts: list[list[int]]) -> int:
+    """How many ids all of the prompts begin with."""
+    return next((i for i, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1), min(map(len, prompts)))
+
+
+def plan(prompts: list[list[int]], n: int, batch_size: int) -> deque[list[tuple[int, int]]]:
+    """Groups of samples to draw, as (prompt, sample), the longest prompts first: the last to finish should be short.
+
+    Each prompt of a group shares at least half of its ids with the first. A group holds at most a quarter of the batch,
+    so that it need not wait until the whole batch is free; a question with more samples is several groups, each of which
+    feeds it anew.
+    """
+    alike, groups, limit = [], deque(), max(1, batch_size // 4)
+    for i in sorted(range(len(prompts)), key=prompts.__getitem__):  # what begins alike becomes neighbours
+        first = prompts[alike[-1][0]] if alike else []
+        if not alike or 2 * count_shared([first, prompts[i]]) < max(len(first), len(prompts[i])):
+            alike.append([])
+        alike[-1].append(i)
+    for chosen in sorted(alike, key=lambda chosen: -max(len(prompts[i]) for i in chosen)):
+        jobs = [(i, sample) for i in chosen for sample in range(n)]
+        groups += [jobs[start:start + limit] for start in range(0, len(jobs), limit)]
+    return groups
+
+
+def feed(model, cache: KVCache, texts: list[list[int]]):
+    """One text per row goes through the model, padded on the right; returns the states of their last tokens (B, C),
+    which for an empty text mean nothing."""
+    device = cache.lengths.device
+    tokens = pad_sequence([torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True).to(device)  # (B, T)
+    counts = torch.tensor([len(text) for text in texts], device=device)  # (B,)
     hidden = model.hidden(tokens, cache)  # (B, T, C)
-    cache.advance(lengths)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (B, C): padding comes after it
-    logits = model.output(last)[:, :n_tokens]  # (B, n_tokens)
+    cache.advance(counts)
+    return hidden[torch.arange(len(texts), device=device), counts - 1]  # (B, C): padding comes after it
+
+
+def prefill(model, prompts, groups, n_tokens: int, device):
+    """Feeds the prompts of these groups. Returns a cache with a line per prompt, the logits (lines, n_tokens) of each
+    line's next token, and the line of every sample of the groups (N,)."""
+    stems, rests, stem_of, line_of = [], [], [], []
+    for group in groups:
+        chosen = list(dict.fromkeys(i for i, _ in group))
+        texts = [prompts[i] for i in chosen]
+        shared = min(count_shared(texts), min(map(len, texts)) - 1)  # at least one token is left to get logits from
+        line_of += [len(rests) + chosen.index(i) for i, _ in group]
+        stem_of += [len(stems)] * len(texts)
+        stems.append(texts[0][:shared])
+        rests += [text[shared:] for text in texts]
+    cache = KVCache(len(stems), 0, device)
+    if any(stems):
+        feed(model, cache, stems)
+    cache = cache.select(torch.tensor(stem_of, device=device))
+    logits = model.output(feed(model, cache, rests))[:, :n_tokens]  # (lines, n_tokens)
     if logits.isnan().any():
         raise ValueError("the model's logits are nan: its weights are broken")
-    return cache, logits
+    return cache, logits, torch.tensor(line_of, device=device)
 
 
-def decode(model, cache, logits, uniforms, stop_ids, temperature: float, top_p: float, progress) -> list[list[int]]:
-    """Continues every row of the cache from its logits (B, n_tokens), by up to uniforms.shape[1] tokens."""
-    (B, max_new_tokens), device = uniforms.shape, logits.device
-    n_tokens = logits.shape[1]
+def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: float, top_p: float, stop_ids, seed: int,
+           n_tokens: int):
+    """Draws the samples of the groups in B rows and yields (prompt, sample, text) of each that is finished."""
+    device = next(model.parameters()).device
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)  # (number of stop ids,)
-    drawn = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)  # of all rows, also those that have left
-    rows = torch.arange(B, device=device)  # (B,), shrinks: which line of `drawn` each row in the cache belongs to
-    running = torch.ones(B, dtype=torch.bool, device=device)  # (B,), shrinks: not finished
-    n_running = B
-    for step in range(max_new_tokens):
-        tokens = sample_next_token(logits, temperature, top_p, uniforms[rows, step])  # (B,)
-        drawn[rows, step] = tokens  # a finished row goes on writing behind its stop id, where nobody reads
-        running = running & ~torch.isin(tokens, stops)
-        before, n_running = n_running, int(running.sum())
-        if progress and n_running < before:
-            progress(before - n_running)
-        if n_running == 0 or step == max_new_tokens - 1:
-            break
-        if n_running <= COMPACT_BELOW * len(rows):
-            kept = running.nonzero()[:, 0]  # (n_running,)
-            cache, rows, tokens, running = cache.select(kept), rows[kept], tokens[kept], running[kept]
-        hidden = model.hidden(tokens[:, None], cache)  # (B, 1, C)
-        cache.advance(1)
-        logits = model.output(hidden[:, 0])[:, :n_tokens]  # (B, n_tokens)
-    if progress and n_running:
-        progress(n_running)  # cut off
-    lines = drawn.tolist()
-    ends = [next((i for i, token in enumerate(line) if token in stop_ids), max_new_tokens) for line in lines]
-    return [line[:end] for line, end in zip(lines, ends)]
+    cache, jobs = KVCache(B, 0, device), [None] * B  # jobs: the (prompt, sample) of each row; None: the row is free
+    running = torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
+    tokens = torch.zeros(B, dtype=torch.int64, device=device)  # (B,) the last ones drawn, which are not in the cache yet
+    counts = torch.zeros(B, dtype=torch.int64, device=device)  # (B,) how many were drawn
+    # One place more than needed: there a row writes that is finished and goes on until it leaves.
+    drawn = torch.zeros(B, max_new_tokens + 1, dtype=torch.int64, device=device)
+    uniforms = torch.zeros(B, max_new_tokens + 1, device=device)
+
+    def draw(rows, logits):
+        """The next token of these rows (N,), from logits (N, n_tokens)."""
+        places = counts[rows].clamp(max=max_new_tokens)                              # (N,)
+        new = sample_next_token(logits, temperature, top_p, uniforms[rows, places])  # (N,)
+        tokens[rows] = drawn[rows, places] = new
+        counts[rows] = places + 1
+        running[rows] &= ~torch.isin(new, stops) & (places + 1 < max_new_tokens)
+
+    while True:
+        n_free = B - int(running.sum())  # free or finished
+        if n_free == B or (n_free >= max(len(groups[0]), FREE_SHARE * B) if groups else n_free > (1 - KEEP_SHARE) * B):
+            # leave
+            free = (~running).nonzero()[:, 0]  # (n_free,)
+            finished = [row for row in free.tolist() if jobs[row]]
+            for row, text in zip(finished, drawn[finished].tolist()):
+                end = next((i for i, token in enumerate(text[:max_new_tokens]) if token in stop_ids), max_new_tokens)
+                yield *jobs[row], text[:end]
+                jobs[row] = None
+            cache.lengths[free] = 0  # or a free row would be the longest one, whose length all pay for
+            # refill
+            taken = []
+            while groups and len(groups[0]) <= n_free - sum(map(len, taken)):
+                taken.append(groups.popleft())
+            if taken:
+                begun = [job for group in taken for job in group]
+                rows = free[:len(begun)]  # (N,)
+                lines, logits, line_of = prefill(model, prompts, taken, n_tokens, device)
+                cache.put(rows, lines, line_of)
+                for row, job in zip(rows.tolist(), begun):
+                    jobs[row] = job
+                numbers = np.stack([draw_uniforms(seed, prompts[prompt], sample, max_new_tokens) for prompt, sample in begun])
+                uniforms[rows, :-1] = torch.from_numpy(numbers).to(device)  # (N, max_new_tokens)
+                counts[rows], running[rows] = 0, True
+                draw(rows, logits[line_of])
+                continue
+            if n_free == B:
+                return
+            # shrink
+            kept = running.nonzero()[:, 0]  # (B - n_free,)
+            B, cache, jobs = len(kept), cache.select(kept), [jobs[row] for row in kept.tolist()]
+            running, tokens, counts, drawn, uniforms = (x[kept] for x in (running, tokens, counts, drawn, uniforms))
+        # step
+        for _ in range(LOOK_AFTER.get(device.type, 1)):
+            hidden = model.hidden(tokens[:, None], cache)  # (B, 1, C)
+            cache.advance(1)
+            draw(torch.arange(B, device=device), model.output(hidden[:, 0])[:, :n_tokens])
 
 
 def check_arguments(config, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size, n_tokens):
@@ -205,7 +303,7 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
     batch_size      rows (prompts x samples) decoded at once
     n_tokens        ids from here on have no token and are never sampled: the tokenizer's highest id + 1, which can be
                     less than the model's padded vocabulary; None = all of the model's ids
-    progress        called with the number of samples that finished since its last call (tqdm's `update`, say)
+    progress        called with 1 for each sample when it leaves the batch (tqdm's `update`, say)
 
     A sample depends on the seed, its prompt's ids and its index among the n, not on the other prompts, their order or
     batch_size; so equal prompts in one call get equal samples. This holds on one device and in one dtype, up to
@@ -217,25 +315,15 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
     n_tokens = model.config.vocab_size if n_tokens is None else n_tokens
     stop_ids = set(stop_ids)
     check_arguments(model.config, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size, n_tokens)
-    samples = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together, the largest first
-    prompts_at_once = max(1, batch_size // n)
+    samples = [[None] * n for _ in prompts]
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), prompts_at_once):
-            chosen = order[start:start + prompts_at_once]
-            prompt_cache, prompt_logits = prefill(model, [prompts[i] for i in chosen], n_tokens)
-            jobs = [(line, sample) for line in range(len(chosen)) for sample in range(n)]
-            for first in range(0, len(jobs), batch_size):  # more than one round only if n > batch_size
-                batch = jobs[first:first + batch_size]
-                lines = torch.tensor([line for line, _ in batch], device=prompt_logits.device)  # (B,)
-                uniforms = np.stack([draw_uniforms(seed, prompts[chosen[line]], sample, max_new_tokens)
-                                     for line, sample in batch])  # (B, max_new_tokens)
-                texts = decode(model, prompt_cache.select(lines), prompt_logits[lines],
-                               torch.from_numpy(uniforms).to(lines.device), stop_ids, temperature, top_p, progress)
-                for (line, _), text in zip(batch, texts):
-                    samples[chosen[line]].append(text)
+        for prompt, sample, text in decode(model, prompts, plan(prompts, n, batch_size), min(batch_size, n * len(prompts)),
+                                           max_new_tokens, temperature, top_p, stop_ids, seed, n_tokens):
+            samples[prompt][sample] = text
+            if progress:
+                progress(1)
     finally:
         model.train(was_training)
     return samples

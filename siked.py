@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 from data.answers import STRATEGIES, numeric_answer, parse_number, same_number
@@ -147,12 +148,13 @@ class Student:
     stop_ids: list[int]             # each of these ends a text; the first is the end token that is trained
     max_new_tokens: int = 512       # of a text, the end token included
     rows: int = 256                 # texts generated at once
+    dtype: torch.dtype = torch.float32  # of the arithmetic in sampling; the model's weights stay as they are
 
     @classmethod
-    def load(cls, folder, max_new_tokens: int = 512, rows: int = 256, **kwargs) -> "Student":
-        """Reads a Hugging Face folder. kwargs (dtype, device) go to Decoder.from_pretrained, as do its errors."""
+    def load(cls, folder, max_new_tokens: int = 512, rows: int = 256, dtype=torch.float32, device="cpu") -> "Student":
+        """Reads a Hugging Face folder, as float32 weights; the errors are those of Decoder.from_pretrained."""
         folder, stop_ids = Path(folder), []
-        model = Decoder.from_pretrained(folder, **kwargs)
+        model = Decoder.from_pretrained(folder, device=device)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder / 'tokenizer.json'}: no such file")
         try:
@@ -168,7 +170,7 @@ class Student:
             raise ValueError(f"{folder}: neither config.json nor generation_config.json names an eos_token_id")
         tokenizer.no_truncation()  # some files hold the settings of the training that they come from
         tokenizer.no_padding()
-        return cls(model, tokenizer, list(dict.fromkeys(stop_ids)), max_new_tokens, rows)
+        return cls(model, tokenizer, list(dict.fromkeys(stop_ids)), max_new_tokens, rows, dtype)
 
     def save(self, folder) -> None:
         self.model.save_pretrained(folder)
@@ -191,8 +193,9 @@ class Student:
     def answer(self, prompts: list[list[int]], n: int = 1, **kwargs) -> list[list[tuple[str, bool]]]:
         """Samples n texts per prompt: [prompt][sample] -> (text, finished). kwargs go to sampler.generate."""
         highest_id = max(self.tokenizer.get_vocab().values())  # a padded vocabulary has ids without a token behind it
-        samples = generate(self.model, prompts, n=n, max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids,
-                           batch_size=self.rows, n_tokens=min(highest_id + 1, self.model.config.vocab_size), **kwargs)
+        samples = generate(self.model.cast(self.dtype), prompts, n=n, max_new_tokens=self.max_new_tokens,
+                           stop_ids=self.stop_ids, batch_size=self.rows,
+                           n_tokens=min(highest_id + 1, self.model.config.vocab_size), **kwargs)
         return [[(self.tokenizer.decode(ids).strip(), is_finished(ids, self.max_new_tokens)) for ids in row]
                 for row in samples]
 

@@ -52,9 +52,13 @@ class ListCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.layers = {}  # layer: (keys, values), each a list over rows of lists of (H_kv, D)
 
+    @property
+    def longest(self):
+        return int(self.lengths.max())
+
     def update(self, layer_index, k, v):
         B, H_kv, T, D = k.shape
-        returned, S = [], int(self.lengths.max()) + T
+        returned, S = [], self.longest + T
         if layer_index not in self.layers:
             self.layers[layer_index] = [[] for _ in range(B)], [[] for _ in range(B)]
         for stored, new in zip(self.layers[layer_index], (k, v)):
@@ -290,6 +294,18 @@ def test_fresh_config_is_written_with_its_extra_fields(tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["eos_token_id"], written["model_type"], written["head_dim"]) == (7, "llama", 4)
     assert written["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma_untied"])
+def test_cast_gives_a_copy_and_leaves_the_model_alone(family):
+    model = Decoder.from_pretrained(FIXTURES / family)
+    tokens, before = torch.arange(12)[None], model(torch.arange(12)[None])
+    assert model.cast(torch.float32) is model
+    low = model.cast(torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert low(tokens).dtype == torch.bfloat16
+    wanted = Decoder.from_pretrained(FIXTURES / family, dtype=torch.bfloat16)(tokens)
+    assert torch.equal(low(tokens), wanted) and torch.equal(model(tokens), before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import sampler  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 from sampler import KVCache, draw_uniforms, generate, is_finished, sample_next_token  # noqa: E402
 
@@ -103,16 +104,30 @@ def test_cache_update_and_select():
     assert cache.select(torch.tensor([1])).longest == 2
 
 
-@pytest.mark.parametrize("batch_size", [4, 6, 256])  # n above, at and below the batch size
-def test_one_prefill_per_prompt(model, batch_size):
+@pytest.mark.parametrize("batch_size, times", [(256, 1), (80, 1), (40, 2)])  # a group holds at most batch_size / 4 rows
+def test_what_prompts_share_is_fed_once(model, batch_size, times):
+    """Two questions of 30 and 20 tokens under three tags of 3, 4 and 3 tokens, 6 samples each: 18 rows a question."""
     counting = CountingModel(model)
-    prompts = [[5] * 4, [7] * 9, [8] * 2]
-    generate(counting, prompts, n=6, max_new_tokens=5, stop_ids=[], batch_size=batch_size, **SAMPLED)
+    prompts = [[question] * length + [tag] * width for question, length in ((5, 30), (6, 20))
+               for tag, width in ((7, 3), (8, 4), (9, 3))]
+    samples = generate(counting, prompts, n=6, max_new_tokens=5, stop_ids=[], batch_size=batch_size, **SAMPLED)
     prefills = [shape for shape in counting.shapes if shape[1] > 1]
+    stems, tags = [s for s in prefills if s[1] >= 20], [s for s in prefills if s[1] <= 4]
+    assert sum(rows for rows, _ in stems) == 2 * times and len(stems) + len(tags) == len(prefills)
     steps = [shape for shape in counting.shapes if shape[1] == 1]
-    assert sum(rows for rows, _ in prefills) == len(prompts)
-    assert sum(rows for rows, _ in steps) == len(prompts) * 6 * 4  # the first of 5 tokens comes from the prefill
-    assert max(rows for rows, _ in steps) <= batch_size
+    assert sum(rows for rows, _ in steps) == 36 * 4 and max(rows for rows, _ in steps) <= batch_size
+    for prompt, texts in zip(prompts, samples):  # and what was shared is what each prompt needs
+        assert generate(model, [prompt], n=6, max_new_tokens=5, stop_ids=[], **SAMPLED) == [texts]
+
+
+def test_waiting_rows_take_the_place_of_finished_ones(model):
+    """With 64 prompts for 16 rows, nearly all rows of the batch are in use until nobody waits any more."""
+    counting, prompts = CountingModel(model), ragged_prompts(64)
+    samples = generate(counting, prompts, n=2, max_new_tokens=60, stop_ids=[3, 17], batch_size=16, **SAMPLED)
+    needed = sum(len(text) for texts in samples for text in texts)
+    assert needed < 128 * 60 * 0.6, "the case should hold many short texts"
+    assert sum(tokens == 1 for _, tokens in counting.shapes) < 1.5 * needed / 16  # steps; 2.2 with no refill
+    assert samples == generate(model, prompts, n=2, max_new_tokens=60, stop_ids=[3, 17], **SAMPLED)
 
 
 def test_finished_rows_leave_the_batch(model):
@@ -130,6 +145,17 @@ def test_stops_stepping_when_all_rows_have_finished(model):
     first = continue_without_cache(model, [5], 1, [])[0]
     assert generate(counting, [[5]] * 3, n=2, max_new_tokens=50, stop_ids=[first]) == [[[], []]] * 3
     assert counting.shapes == [(3, 1)]
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED])
+def test_looking_seldom_who_has_finished_changes_no_text(model, how, monkeypatch):
+    """As on a GPU, where a look makes the host wait: rows go on behind their end, by up to 6 steps, unseen."""
+    prompts = ragged_prompts(20)
+    samples = generate(model, prompts, n=3, max_new_tokens=25, stop_ids=[3, 17], batch_size=16, **how)
+    monkeypatch.setitem(sampler.LOOK_AFTER, "cpu", 7)
+    assert generate(model, prompts, n=3, max_new_tokens=25, stop_ids=[3, 17], batch_size=16, **how) == samples
+    longest_prompt = [[5] * (128 - 25)]  # here they go on beyond the model's last position
+    assert len(generate(model, longest_prompt, max_new_tokens=25, stop_ids=[], **how)[0][0]) == 25
 
 
 # ----------------------------------------------------------------------------------------------------------------------

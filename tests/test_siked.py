@@ -293,6 +293,17 @@ def test_saved_student_loads_as_it_was(tmp_path, student):
     assert loaded.stop_ids == student.stop_ids
 
 
+def test_answers_are_computed_in_the_dtype_that_was_asked_for(student):
+    """In bfloat16 other texts come out here and there; they are those of a bfloat16 model, and the student keeps its own."""
+    low, how = copy.deepcopy(student), dict(n=20, temperature=2.0, seed=3)
+    low.dtype = torch.bfloat16
+    prompts = [student.prompt(question) for question in (ANN, BEN, EVE)]
+    texts = low.answer(prompts, **how)
+    assert texts != student.answer(prompts, **how)
+    low.model, low.dtype = low.model.cast(torch.bfloat16), torch.bfloat16
+    assert texts == low.answer(prompts, **how)
+
+
 @pytest.mark.parametrize("text", [None, "{"], ids=["missing", "broken"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
 def test_loading_names_what_is_wrong(tmp_path, name, text):
