@@ -23,7 +23,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import siked
@@ -31,6 +30,7 @@ from siked import MODES, STRATEGIES, Student
 
 HERE = Path(__file__).resolve().parent
 IGNORE = -100  # the target at positions that the loss leaves out
+LOGITS_AT_ONCE = 2 ** 26  # numbers: 256 MiB in float32
 PAPER = {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "accumulation": 4, "lr": 2e-4, "warmup": 5,
          "weight_decay": 0.01, "lora": 16, "lora_alpha": 32, "max_length": 1024, "seed": 42}  # Qwen2: 3e-4 and a cosine
 
@@ -98,7 +98,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--checkpointing", action="store_true", help="less memory: compute activations twice instead of keeping them")
     group("--max-length", type=number(int, 2), default=512, help="longer examples are left out and counted (paper 1024)")
     group("--dtype", choices=("float32", "bfloat16"), default="float32",
-          help="of the arithmetic in training; weights stay float32")
+          help="of the arithmetic; weights stay float32")
     group("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group("--rows", type=number(int, 1), default=256, help="texts generated at once; fewer need less memory")
     if parser.parse_known_args(argv)[0].preset:
@@ -143,21 +143,73 @@ def collate(batch):
     return tokens, targets
 
 
+@torch.no_grad()
+def output_loss(states, targets, weight, weight_grad, room, scale: float):
+    """scale * the sum of -log p(target), over states (N, C) and targets (N,); and its gradient, (N, C), by the states.
+
+    weight (V, C): the output layer's; the gradient by it is added to weight_grad, unless that is None. With a large
+    vocabulary the logits (N, V) would take more memory than all else. So they exist for n positions at a time, in `room`
+    (n, V) float32, and the gradient is computed along with them: probabilities, less 1 at the target.
+    """
+    loss, grads = torch.zeros((), device=states.device), torch.empty_like(states)
+    for state, target, grad in zip(*(whole.split(len(room)) for whole in (states.to(weight.dtype), targets, grads))):
+        logits, each = room[:len(state)], torch.arange(len(state), device=state.device)  # (n, V) float32, and (n,)
+        if weight.dtype == torch.float32:
+            torch.mm(state, weight.T, out=logits)
+        else:
+            logits.copy_(state @ weight.T)
+        wanted, highest = logits[each, target], logits.amax(-1)    # (n,)
+        total = logits.sub_(highest[:, None]).exp_().sum(-1)       # (n,)
+        loss += (total.log() + highest - wanted).sum()
+        logits /= total[:, None]
+        logits[each, target] -= 1
+        slopes = logits.mul_(scale).to(weight.dtype)               # (n, V)
+        grad.copy_(slopes @ weight)                                # (n, C)
+        if weight_grad is not None:
+            for part, slope in zip(weight_grad.split(8192), slopes.T.split(8192)):  # in parts: no second matrix as large
+                part += slope @ state                              # (8192, C)
+    return scale * loss, grads
+
+
+def add_gradients(model, parts, dtype, device, room):
+    """Adds the gradients of a step's batches [(tokens, targets)] to the .grad of the parameters; returns its loss: the
+    mean over all of its trained tokens, so that each counts alike. Only trained positions go through the output layer."""
+    n_trained, total = sum((targets != IGNORE).sum().item() for _, targets in parts), 0
+    weight = model.output_weight()
+    cast_weight = weight.detach().to(dtype)  # (V, C), once for all batches
+    for tokens, targets in parts:
+        tokens, targets = tokens.to(device), targets.to(device)  # (B, T)
+        counted = targets != IGNORE                              # (B, T)
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            states = model.hidden(tokens)[counted]               # (trained tokens, C)
+        loss, grads = output_loss(states.detach(), targets[counted], cast_weight, weight.grad, room, 1 / n_trained)
+        states.backward(grads)
+        total += loss
+    return total
+
+
 def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str) -> None:
     """Trains the student's model in place for `steps` optimizer updates on examples [(prompt ids, target ids)].
-
-    The loss of a step is summed over its batches and divided by all of its trained tokens, so that every token counts
-    alike. Only trained positions go through the output layer.
 
     A step takes several small batches because each holds texts of alike length. In a step of one batch, the tokens of a
     short text are divided by few others: the tag of a program weighs more than that of a Chain of Thought, which
     draws the student's choice to programs.
     """
-    model = student.model.train()
+    model, dtype = student.model.train(), getattr(torch, args.dtype)
     model.checkpointing = args.checkpointing
     if args.lora:
         model.add_lora(args.lora, args.lora_alpha, seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = {parameter: parameter.data for parameter in model.parameters() if not parameter.requires_grad}
+    for parameter in frozen:  # what is computed with; the adapters are merged into the float32 weights
+        parameter.data = parameter.data.to(dtype)
+    # The gradients are there from the start and zeroed after each step, since output_loss and the embedding, by a sparse
+    # gradient, add to them in place: that saves a second matrix as large as the embedding's.
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    model.model.embed_tokens.sparse = not args.lora
+    V = model.config.vocab_size
+    room = torch.empty(max(1, LOGITS_AT_ONCE // V), V, device=args.device)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
 
     def share_of_peak(step):
@@ -167,29 +219,27 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     batches = make_batches(examples, args.batch_size, seed)
     started, n_tokens = time.time(), 0
-    with tqdm(total=steps, desc=name, unit="step", disable=None, leave=False) as bar:
-        for step in range(1, steps + 1):
-            parts = [collate(batch) for batch in islice(batches, args.accumulation)]
-            n_trained, total_loss = sum((targets != IGNORE).sum().item() for _, targets in parts), 0
-            for tokens, targets in parts:
-                tokens, targets = tokens.to(args.device), targets.to(args.device)       # (B, T)
-                counted = targets != IGNORE                                             # (B, T)
-                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    logits = model.output(model.hidden(tokens)[counted])                # (trained tokens, V)
-                    loss = F.cross_entropy(logits.float(), targets[counted], reduction="sum") / n_trained
-                loss.backward()
-                total_loss += loss.detach()
-                n_tokens += tokens.numel()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.update()
-            if step % max(1, steps // 4) == 0:
-                seconds = time.time() - started
-                tqdm.write(f"{name}: step {step}/{steps}, loss {total_loss.item():.3f}, "
-                           f"{n_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s")
-    model.merge_lora()
+    try:
+        with tqdm(total=steps, desc=name, unit="step", disable=None, leave=False) as bar:
+            for step in range(1, steps + 1):
+                parts = [collate(batch) for batch in islice(batches, args.accumulation)]
+                loss = add_gradients(model, parts, dtype, args.device, room)
+                n_tokens += sum(tokens.numel() for tokens, _ in parts)
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+                schedule.step()
+                bar.update()
+                if step % max(1, steps // 4) == 0:
+                    seconds = time.time() - started
+                    tqdm.write(f"{name}: step {step}/{steps}, loss {loss.item():.3f}, "
+                               f"{n_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s")
+    finally:  # also after Ctrl-C: a notebook goes on with this model
+        model.checkpointing = model.model.embed_tokens.sparse = False
+        for parameter, data in frozen.items():
+            parameter.data = data
+        model.merge_lora()
+        model.zero_grad()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +375,7 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
         return count
 
     if first <= iterations:
-        student = Student.load(previous, args.max_new_tokens, args.rows, device=args.device)
+        student = Student.load(previous, args.max_new_tokens, args.rows, getattr(torch, args.dtype), args.device)
         check_lengths(student, [question for asked in (questions, *sets.values()) for question in asked])
         started = time.time()
         for result in siked.siked(student, questions, teacher, train_on, sets, mode=mode, adaptive_per=args.adaptive_per,

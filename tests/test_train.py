@@ -23,7 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train
 from model import Config, Decoder
 from siked import STRATEGIES, Question, Rationale, Student, read_rationales
-from train import IGNORE, RunFolder, collate, fine_tune, format_table, make_batches, parse_args, read_data, write_file
+from train import (IGNORE, RunFolder, collate, fine_tune, format_table, make_batches, output_loss, parse_args, read_data,
+                   write_file)
 
 QUESTIONS = [Question(f"q{i}", f"What is {i} + {2 * i}?" + " Tell me." * (i % 4), Fraction(3 * i)) for i in range(12)]
 TEACHER = [Rationale(q.id, strategy, text) for i, q in enumerate(QUESTIONS) for strategy, text in [
@@ -31,14 +32,14 @@ TEACHER = [Rationale(q.id, strategy, text) for i, q in enumerate(QUESTIONS) for 
     ("pot", f"answer = {i} + {2 * i}")]]
 
 
-def tiny_student(seed=0, max_new_tokens=12) -> Student:
+def tiny_student(seed=0, max_new_tokens=12, tied=True) -> Student:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator([q.text for q in QUESTIONS] + [r.text for r in TEACHER], trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     torch.manual_seed(seed)
     config = Config("llama", vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=32,
-                    num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+                    num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
                     extra={"eos_token_id": 0})
     return Student(Decoder(config), tokenizer, [0], max_new_tokens)
 
@@ -164,10 +165,11 @@ def norm(gradients):
     return torch.cat([g.flatten() for g in gradients]).norm().item()
 
 
-def test_loss_is_the_mean_over_the_trained_tokens():
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_is_the_mean_over_the_trained_tokens(tied):
     """Pitfall 9: each trained token of a step counts the same, also those of a long example next to a short one. And what
     moves the weights is AdamW with the flags' settings."""
-    student, examples = tiny_student(), [([5, 6], [7, 0]), ([8] * 9, list(range(10, 90)) + [0]), ([9, 4, 3], [3, 2, 0])]
+    student, examples = tiny_student(tied=tied), [([5, 6], [7, 0]), ([8] * 9, list(range(10, 90)) + [0]), ([9, 4, 3], [3, 2, 0])]
     wanted = gradients_of(student.model, examples)
     assert norm(wanted) < 1, "the case should not need clipping"
     plain = copy.deepcopy(student.model)
@@ -196,6 +198,28 @@ def test_accumulation_changes_nothing_but_the_memory(batch_size, accumulation):
         fine_tune(student, examples, 1, settings(batch_size=batch_size, accumulation=accumulation), 0, "test")
     for ours, theirs in zip(record.steps[0].gradients, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_output_loss_in_pieces_is_the_whole_one(rows):
+    """Pitfall 19: with room for a few positions at a time, and a vocabulary that is passed through in parts, the loss and
+    both gradients are those of the plain formula."""
+    generator = torch.Generator().manual_seed(1)
+    states, weight = (torch.randn(n, 6, generator=generator).requires_grad_() for n in (7, 20_000))
+    targets = torch.randint(20_000, (7,), generator=generator)
+    wanted = 0.3 * F.cross_entropy(states @ weight.T, targets, reduction="sum")
+    wanted.backward()
+    added = torch.ones_like(weight)
+    room = torch.empty(rows, 20_000)
+    loss, grads = output_loss(states.detach(), targets, weight.detach(), added, room, 0.3)
+    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(grads, states.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(added - 1, weight.grad, atol=1e-6, rtol=1e-4)
+    assert torch.equal(output_loss(states.detach(), targets, weight.detach(), None, room, 0.3)[1], grads)
+    loss, grads = output_loss(states.detach(), targets, weight.detach().bfloat16(), added.zero_(), room, 0.3)
+    torch.testing.assert_close(loss, wanted.detach(), atol=0.05, rtol=0.01)
+    for ours, plain in ((grads, states.grad), (added, weight.grad)):
+        assert ours.dtype == torch.float32 and (ours - plain).norm() < 0.02 * plain.norm()
 
 
 def test_short_texts_do_not_draw_the_choice_to_them():
@@ -301,13 +325,59 @@ def test_same_seed_gives_the_same_weights_to_the_bit():
     assert not all(torch.equal(a, b) for a, b in zip(first, trained(4)))
 
 
-def test_bfloat16_arithmetic_keeps_float32_weights():
-    """--dtype bfloat16: the weights are updated in float32, where a small step is not rounded away."""
+@pytest.mark.parametrize("lora", [0, 2])
+def test_bfloat16_arithmetic_keeps_float32_weights(lora):
+    """--dtype bfloat16: the weights are updated in float32, where a small step is not rounded away. With LoRA, bfloat16
+    copies are computed with, but what is added to the float32 weights is a matrix of its rank and nothing else."""
     student = tiny_student()
-    before = [p.detach().clone() for p in student.model.parameters()]
-    fine_tune(student, ragged_examples(4), 1, settings(dtype="bfloat16", lr=1e-5), 0, "test")
-    assert {p.dtype for p in student.model.parameters()} == {torch.float32}
-    assert any(not torch.equal(a, b) for a, b in zip(before, student.model.parameters()))
+    before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    fine_tune(student, ragged_examples(4), 1, settings(dtype="bfloat16", lr=1e-5, lora=lora, lora_alpha=2), 0, "test")
+    for name, tensor in student.model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        difference = tensor - before[name]
+        if lora and "_proj" in name:  # B is about 1e-5, A at most 1/4, and the rank 2; bfloat16 would lose some 5e-5
+            assert 0 < difference.abs().max() < 6e-6
+        elif lora:
+            assert not difference.any(), name
+        else:
+            assert 0 < difference.abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_model_can_be_used_by_others_afterwards(lora, interrupted, monkeypatch):
+    """Also after Ctrl-C in a notebook: float32 weights, adapters merged, and whatever else trains the model can do so."""
+    student, steps = tiny_student(), []
+
+    def count(optimizer, *_):
+        steps.append(1)
+        if interrupted and len(steps) == 2:
+            raise KeyboardInterrupt
+
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        fine_tune(student, ragged_examples(8), 3, settings(dtype="bfloat16", lora=lora, checkpointing=True), 0, "test")
+    except KeyboardInterrupt:
+        assert interrupted
+    finally:
+        hook.remove()
+    assert len(steps) == 2 + (not interrupted)
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32} and not student.model.checkpointing
+    assert not any("lora" in name for name in student.model.state_dict())
+    assert all(p.requires_grad and p.grad is None for p in student.model.parameters())
+    optimizer = torch.optim.AdamW(student.model.parameters())
+    student.model(torch.tensor([[5, 6]])).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_bfloat16_gradients_are_those_of_float32_but_for_rounding(lora):
+    examples, gradients = ragged_examples(8), []
+    for dtype in ("float32", "bfloat16"):
+        with Recorder() as record:
+            fine_tune(tiny_student(), examples, 1, settings(dtype=dtype, lora=lora), 0, "test")
+        gradients.append(torch.cat([g.flatten() for g in record.steps[0].gradients]))
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
