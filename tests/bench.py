@@ -1,0 +1,270 @@
+"""Speed and memory of sampling, SFT and the answer check, beside the libraries that one would use instead:
+
+    python tests/bench.py                               # embedded student; a distilled one is made first, in out-bench/
+    python tests/bench.py --model GEMMA_FOLDER --data GSM8K_FOLDER      # also a real checkpoint, on real questions
+    python tests/bench.py sample sft                    # only these parts; the others are limits and growth
+
+Every measurement is a process of its own. Ours and those of the peers that are installed (transformers, trl, peft) take
+turns, --repeats times; what is printed are medians, with the least and the greatest. A peer with a setting to choose,
+such as a batch size, is tried with each, and measured with its fastest. Both sides get the same prompts or examples,
+dtype, sampling settings and number of optimizer steps. Run it on a machine that does nothing else.
+"""
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import siked  # noqa: E402
+import train  # noqa: E402
+from sampler import generate  # noqa: E402
+
+
+def timed(function):
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measured in a child process. A job is a dict that the parent made; what comes back is a dict of numbers.
+
+
+def measure_limits(job):
+    """What a matrix product, and reading memory, get out of this machine."""
+    def rate(function, amount):
+        function()
+        return amount / statistics.median(timed(function)[0] for _ in range(7)) / 1e9
+
+    low, high, many = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048), torch.ones(100_000_000)
+    return {"float32 GFLOP/s": rate(lambda: high @ high, 2 * 2048 ** 3),
+            "bfloat16 GFLOP/s": rate(lambda: low @ low, 2 * 2048 ** 3), "GB/s": rate(many.sum, 4e8)}
+
+
+def read_items(job):
+    """The prompts or examples: token ids that the parent wrote, so that a peer's process holds no model of ours."""
+    return json.loads(Path(job["items"]).read_text())
+
+
+def measure_sampling(job):
+    prompts, student = read_items(job), siked.Student.load(job["model"])
+    model, how = student.model.cast(getattr(torch, job["dtype"])), dict(
+        n=job["n"], temperature=job["temperature"], top_p=0.95, batch_size=job["batch"], stop_ids=job["stops"])
+    generate(model, prompts[:3], max_new_tokens=4, **how)  # warm-up
+    seconds, samples = timed(lambda: generate(model, prompts, max_new_tokens=job["tokens"], **how))
+    texts = [(siked.STRATEGIES[i % 3], student.tokenizer.decode(ids)) for i, row in enumerate(samples) for ids in row]
+    check_seconds, _ = timed(lambda: [siked.numeric_answer(strategy, text) for strategy, text in texts])
+    return {"seconds": seconds, "items": len(texts), "check seconds": check_seconds,
+            "tokens": sum(min(len(ids) + 1, job["tokens"]) for row in samples for ids in row)}
+
+
+def measure_transformers_sampling(job):
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    prompts, stops = sorted(read_items(job), key=len), job["stops"] or [-1]
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
+    sampled = {"temperature": job["temperature"], "top_p": 0.95, "top_k": 0} if job["temperature"] else {}
+    how = dict(max_new_tokens=job["tokens"], eos_token_id=stops, pad_token_id=0, do_sample=bool(sampled),
+               repetition_penalty=1.0, num_return_sequences=job["n"], **sampled)
+
+    def run(prompts):
+        n_tokens, at_once = 0, max(1, job["batch"] // job["n"])
+        for start in range(0, len(prompts), at_once):
+            part = prompts[start:start + at_once]
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part])  # padded on the left, as it has to be there
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+            texts = model.generate(ids, attention_mask=mask, **how)[:, width:].tolist()
+            n_tokens += sum(next((i + 1 for i, token in enumerate(text) if token in stops), len(text)) for text in texts)
+        return n_tokens
+
+    def run_continuously(prompts):
+        outputs = model.generate_batch(prompts, generation_config=GenerationConfig(**how)).values()
+        if len(outputs) != len(prompts) * job["n"] or any(output.error for output in outputs):
+            raise RuntimeError(f"generate_batch: {len(outputs)} texts instead of {len(prompts) * job['n']}")
+        return sum(len(output.generated_tokens) for output in outputs)
+
+    function = run if job["batch"] else run_continuously
+    with torch.inference_mode():
+        function(prompts[:1])  # warm-up
+        torch.manual_seed(0)
+        seconds, n_tokens = timed(lambda: function(prompts))
+    return {"seconds": seconds, "items": len(prompts) * job["n"], "tokens": n_tokens}
+
+
+def measure_sft(job):
+    examples, student = read_items(job), siked.Student.load(job["model"])
+    args = train.parse_args(["--batch-size", str(job["batch"]), "--accumulation", str(job["per step"] // job["batch"]),
+                             "--lr", "1e-5", "--dtype", job["dtype"], "--lora", str(job["lora"]), "--device", "cpu"])
+    steps = len(examples) // job["per step"]
+    seconds, _ = timed(lambda: train.fine_tune(student, examples, steps, args, 0, "sft"))
+    return {"seconds": seconds, "items": len(examples), "tokens": sum(len(a) + len(b) for a, b in examples)}
+
+
+def measure_trl_sft(job):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+    examples, low = read_items(job), job["dtype"] == "bfloat16"
+    dataset = Dataset.from_list([{"input_ids": a + b, "completion_mask": [0] * len(a) + [1] * len(b)} for a, b in examples])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(job["model"] + "/tokenizer.json"))
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(job["stops"][0])
+    batch, accumulation = job["batch"], job["per step"] // job["batch"]
+    if job["packing"]:  # as many packed sequences in a step as make the same number of steps
+        n_packed = math.ceil(sum(len(a) + len(b) for a, b in examples) / 1024)
+        batch, accumulation = max(1, round(n_packed * job["per step"] / len(examples))), 1
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16 if low and job["lora"] else torch.float32)
+    lora = LoraConfig(r=job["lora"], lora_alpha=32, lora_dropout=0, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model, train_dataset=dataset, processing_class=tokenizer, peft_config=lora if job["lora"] else None,
+        args=SFTConfig(output_dir=job["out"], per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+                       num_train_epochs=1, learning_rate=1e-5, bf16=low, use_cpu=True, max_length=1024,
+                       packing=job["packing"], train_sampling_strategy=job["order"], gradient_checkpointing=False,
+                       completion_only_loss=True, optim="adamw_torch_fused", report_to="none", save_strategy="no",
+                       logging_strategy="no", disable_tqdm=True))
+    seconds, _ = timed(trainer.train)
+    return {"seconds": seconds, "items": len(examples), "steps": trainer.state.global_step}
+
+
+def peak_memory() -> float:
+    """GiB; of this process alone, while getrusage begins with what the parent had."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20 if status.exists() else math.nan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parent
+
+
+def run_child(name, **job) -> dict:
+    done = subprocess.run([sys.executable, __file__, "--child", json.dumps({"name": name, **job})],
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe(values) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def compare(title: str, unit: str, repeats: int, ours, peers) -> None:
+    """Prints a line per contestant. ours: (function name, job); peers: {label: [(function name, job), ...]}."""
+    print(f"\n{title}", flush=True)
+    contestants = {"ours": ours}
+    for label, choices in peers.items():
+        tried = []
+        for name, job in choices:
+            try:
+                tried.append((run_child(name, **job)["seconds"], len(tried)))
+            except RuntimeError as error:
+                print(f"  {label}: {error}", flush=True)
+        if tried:
+            contestants[label] = choices[min(tried)[1]]
+    results = {label: [] for label in contestants}
+    for _ in range(repeats):
+        for label, (name, job) in contestants.items():
+            results[label].append(run_child(name, **job))
+    for label, of in results.items():
+        chosen = {key: value for key, value in contestants[label][1].items() if key in ("batch", "packing", "order")}
+        line = f"  {label} {chosen}: {describe([r['items'] / r['seconds'] for r in of])} {unit}/s"
+        if "tokens" in of[0]:
+            line += f", {describe([r['tokens'] / r['seconds'] for r in of])} tokens/s"
+        line += f", peak {describe([r['GiB'] for r in of])} GiB"
+        if "check seconds" in of[0]:
+            line += f", answer check {describe([100 * r['check seconds'] / r['seconds'] for r in of])} % of the time"
+        if label != "ours":
+            ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in zip(of, results["ours"])]
+            line += f": ours is {describe(ratios)} times as fast"
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("limits", "sample", "sft", "growth")
+    parser.add_argument("parts", nargs="*", default=parts, metavar="part", help=", ".join(parts))
+    parser.add_argument("--model", help="a real checkpoint, a folder")
+    parser.add_argument("--data", default=str(ROOT / "data/toy"), help="for it: train.jsonl and teacher.jsonl")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        result = globals()[args.child.pop("name")](args.child)
+        print(json.dumps(result | {"GiB": peak_memory()}))
+        return
+    if unknown := set(args.parts) - set(parts):
+        parser.error(f"{', '.join(unknown)}: the parts are {', '.join(parts)}")
+    has = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "trl", "peft", "datasets")}
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; peers: "
+          + (", ".join(f"{name} {importlib.metadata.version(name)}" for name in has if has[name]) or "none is installed"))
+    if "limits" in args.parts:
+        print("limits: " + ", ".join(f"{value:.0f} {name}" for name, value in run_child("measure_limits").items() if name != "GiB"))
+    if set(args.parts) == {"limits"}:
+        return
+
+    out, toy = ROOT / "out-bench", str(ROOT / "data/toy")
+    if not (out / "report.md").is_file():  # the student that ships has not learned to stop
+        subprocess.run([sys.executable, ROOT / "train.py", "--iters", "0", "--out", out], check=True, stdout=subprocess.DEVNULL)
+    embedded = str(out / "seed-0" / "combined")
+
+    def write_items(model, data, n_questions=0, n_examples=0):
+        student, questions = siked.Student.load(model), siked.read_questions(Path(data) / "train.jsonl")
+        if n_questions:
+            items = [student.prompt(q, s) for q in questions[:n_questions] for s in siked.STRATEGIES]
+        else:
+            by_id = {q.id: q for q in questions}
+            teacher = siked.check(siked.read_rationales(Path(data) / "teacher.jsonl", questions), questions)
+            items = [(student.prompt(by_id[r.id]), student.target(r)) for r in siked.filter_correct(teacher)[:n_examples]]
+        path = out / f"items-{Path(model).name}-{n_questions}-{n_examples}.json"
+        path.write_text(json.dumps(items))
+        return {"model": model, "items": str(path), "stops": student.stop_ids}
+
+    def compare_sampling(title, ours_batch, their_batches, job):
+        peers = {"transformers generate": [("measure_transformers_sampling", job | {"batch": b}) for b in their_batches],
+                 "transformers generate_batch": [("measure_transformers_sampling", job | {"batch": 0})]}
+        compare(title, "samples", args.repeats, ("measure_sampling", job | {"batch": ours_batch}), peers if has["transformers"] else {})
+
+    def compare_sft(title, ours_batch, job):
+        job["out"] = str(out / "trl")
+        peers = {"trl SFTTrainer": [("measure_trl_sft", job | {"batch": b, "packing": b == 1, "order": order})
+                                    for b, order in ((1, "random"), (2, "group_by_length"), (4, "group_by_length"),
+                                                     (8, "group_by_length"))]}
+        compare(title, "examples", args.repeats, ("measure_sft", job | {"batch": ours_batch}), peers if all(has.values()) else {})
+
+    if "sample" in args.parts:
+        compare_sampling("Sampling, embedded student, float32, 100 questions x 3 tags x 10, temperature 0.7", 256, (60, 120, 240),
+                         write_items(embedded, toy, 100) | {"n": 10, "tokens": 200, "temperature": 0.7, "dtype": "float32"})
+        for temperature, n in ((0.7, 4), (0.0, 1)) if args.model else ():
+            compare_sampling(f"Sampling, {args.model}, bfloat16, 8 questions x 3 tags x {n}, 64 tokens, temperature {temperature}",
+                             96, (16, 96), write_items(args.model, args.data, 8) | {
+                                 "n": n, "tokens": 64, "temperature": temperature, "dtype": "bfloat16", "stops": []})
+    if "sft" in args.parts:
+        compare_sft("SFT, embedded student, float32, 800 examples, 16 a step", 4, write_items(embedded, toy, 0, 800) | {
+            "per step": 16, "dtype": "float32", "lora": 0})
+        for title, lora in (("all weights", 0), ("LoRA 16", 16)) if args.model else ():
+            compare_sft(f"SFT, {args.model}, bfloat16, {title}, 32 examples, 8 a step", 2, write_items(
+                args.model, args.data, 0, 32) | {"per step": 8, "dtype": "bfloat16", "lora": lora})
+    if "growth" in args.parts:
+        print("\nGrowth: embedded student, no stops, batches of 256")
+        for name in ("questions", "n", "tokens"):
+            for factor in (1, 2, 4):
+                counts = {"questions": 50, "n": 10, "tokens": 80} | {name: {"questions": 50, "n": 10, "tokens": 80}[name] * factor}
+                job = write_items(embedded, toy, counts["questions"]) | counts | {
+                    "stops": [], "temperature": 0.7, "dtype": "float32", "batch": 256}
+                of = [run_child("measure_sampling", **job) for _ in range(args.repeats)]
+                print(f"  {counts}: {describe([r['seconds'] for r in of])} s, peak {describe([r['GiB'] for r in of])} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
