@@ -203,7 +203,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         y = super().forward(x)
-        return y if self.lora_A is None else y + self.lora_scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        # Scaled where there are only `rank` numbers per token.
+        return y if self.lora_A is None else y + F.linear(self.lora_scale * F.linear(x, self.lora_A), self.lora_B)
 
 
 class Attention(nn.Module):
@@ -281,6 +282,19 @@ def visible_keys(positions, S: int, window: int | None = None):
     return j <= p if window is None else (j <= p) & (j > p - window)
 
 
+def project(hidden, weight, out):
+    """States (N, C) and the output layer's weight (V, C) -> out (N, V), filled and returned; without gradients.
+
+    On a CPU BLAS takes half the time over the transposed product, in pieces of the vocabulary that stay in its cache, as
+    over hidden @ weight.T (Gemma 3 270M, 96 states, 2 cores of an AMD EPYC: 320 against 660 ms).
+    """
+    if hidden.device.type != "cpu":
+        return torch.mm(hidden, weight.T, out=out)
+    for part, logits in zip(weight.split(1024), out.split(1024, dim=1)):
+        logits.copy_((part @ hidden.T).T)  # (N, 1024)
+    return out
+
+
 class Decoder(nn.Module):
     """A decoder-only language model. Its parameters have the names of the checkpoint, so that loading can be strict.
 
@@ -312,6 +326,8 @@ class Decoder(nn.Module):
 
     def output(self, hidden):
         """States (..., C) -> logits (..., V). Most of the work where V is 262,144: pass only the states you need."""
+        if hidden.dim() == 2 and not torch.is_grad_enabled():
+            return project(hidden, self.output_weight(), hidden.new_empty(len(hidden), self.config.vocab_size))
         return F.linear(hidden, self.output_weight())
 
     def output_weight(self):

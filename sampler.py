@@ -100,33 +100,41 @@ def sample_next_token(logits, temperature: float, top_p: float, uniforms):
     """
     if temperature < 1e-6:
         return logits.max(-1).indices  # argmax is three times slower in bfloat16 on a CPU
-    logits = logits.to(torch.float32, copy=True)
-    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)  # the maximum is 0: nothing overflows
-    probabilities = torch.softmax(logits, dim=-1)  # (B, V)
     if top_p == 1:
-        return invert(probabilities, uniforms)
+        return invert(weigh(logits, logits.amax(-1, keepdim=True), temperature), uniforms)
     # Sorting all V would take a good part of a step on a CPU; on a GPU, asking which rows need more would stop it.
-    return sample_nucleus(probabilities, top_p, uniforms, 32 if logits.device.type == "cpu" else logits.shape[1])
+    return sample_nucleus(logits, temperature, top_p, uniforms, 32 if logits.device.type == "cpu" else logits.shape[1])
 
 
-def sample_nucleus(probabilities, top_p: float, uniforms, looked_at: int):
-    """Draws one id per row, (B,), from the nucleus of probabilities (B, V): the likeliest that reach top_p together.
+def weigh(logits, highest, temperature: float):
+    """exp((logits - highest) / temperature) in float32: proportional to the probabilities of logits (B, any number), and
+    1 for `highest` (B, 1), the greatest of a row, so that nothing overflows."""
+    return (logits.float() - highest.float()).div_(temperature).exp_()
+
+
+def sample_nucleus(logits, temperature: float, top_p: float, uniforms, looked_at: int):
+    """Draws one id per row, (B,), from the nucleus of logits (B, V): the likeliest ids that reach top_p together.
 
     The nucleus of a trained model rarely has more than a few ids. So only the likeliest `looked_at` are sorted at first,
     and more of them for the rows where these do not suffice.
     """
-    K = min(looked_at, probabilities.shape[1])
-    top, ids = probabilities.topk(K)  # (B, K), in falling order
-    place = (top.cumsum(-1) < top_p).sum(-1, keepdim=True)  # (B, 1): where the sum reaches top_p; K if it does not
-    threshold = top.gather(1, place.clamp(max=K - 1))       # (B, 1): the smallest probability in the nucleus
-    if K == probabilities.shape[1]:
-        return invert(probabilities.where(probabilities >= threshold, 0), uniforms)
-    ids, order = ids.sort()                                 # (B, K), in the order of `invert`
-    kept = top.where(top >= threshold, 0).gather(1, order)
+    K = min(looked_at, logits.shape[1])
+    top, ids = logits.topk(K)  # (B, K), in falling order
+    highest = top[:, :1]       # (B, 1)
+    weights, everything = weigh(top, highest, temperature), K == logits.shape[1]
+    # The sum over all ids, (B, 1): in pieces, whose weights stay in a CPU's cache, it takes half the time.
+    total = weights.sum(-1, keepdim=True) if everything else sum(
+        weigh(piece, highest, temperature).sum(-1, keepdim=True) for piece in logits.split(1024, dim=1))
+    place = (weights.cumsum(-1) < top_p * total).sum(-1, keepdim=True)  # (B, 1): where top_p is reached; K if it is not
+    lowest = top.gather(1, place.clamp(max=K - 1))                      # (B, 1): the least logit in the nucleus
+    if everything:
+        return invert(weigh(logits, highest, temperature).where(logits >= lowest, 0), uniforms)
+    ids, order = ids.sort()                                             # (B, K), in the order of `invert`
+    kept = weights.where(top >= lowest, 0).gather(1, order)
     tokens = ids.gather(1, invert(kept, uniforms)[:, None])[:, 0]  # (B,)
-    wider = (top[:, -1:] >= threshold)[:, 0]  # (B,): top_p is not reached, or there may be more of the last one's equals
+    wider = (top[:, -1:] >= lowest)[:, 0]  # (B,): top_p is not reached, or there may be more of the last one's equals
     if wider.any():
-        tokens[wider] = sample_nucleus(probabilities[wider], top_p, uniforms[wider], 16 * K)
+        tokens[wider] = sample_nucleus(logits[wider], temperature, top_p, uniforms[wider], 16 * K)
     return tokens
 
 

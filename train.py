@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import siked
+from model import project
 from siked import MODES, STRATEGIES, Student
 
 HERE = Path(__file__).resolve().parent
@@ -154,16 +155,13 @@ def output_loss(states, targets, weight, weight_grad, room, scale: float):
     loss, grads = torch.zeros((), device=states.device), torch.empty_like(states)
     for state, target, grad in zip(*(whole.split(len(room)) for whole in (states.to(weight.dtype), targets, grads))):
         logits, each = room[:len(state)], torch.arange(len(state), device=state.device)  # (n, V) float32, and (n,)
-        if weight.dtype == torch.float32:
-            torch.mm(state, weight.T, out=logits)
-        else:
-            logits.copy_(state @ weight.T)
+        project(state, weight, logits)
         wanted, highest = logits[each, target], logits.amax(-1)    # (n,)
         total = logits.sub_(highest[:, None]).exp_().sum(-1)       # (n,)
         loss += (total.log() + highest - wanted).sum()
-        logits /= total[:, None]
-        logits[each, target] -= 1
-        slopes = logits.mul_(scale).to(weight.dtype)               # (n, V)
+        logits *= scale / total[:, None]
+        logits[each, target] -= scale
+        slopes = logits.to(weight.dtype)                           # (n, V)
         grad.copy_(slopes @ weight)                                # (n, C)
         if weight_grad is not None:
             for part, slope in zip(weight_grad.split(8192), slopes.T.split(8192)):  # in parts: no second matrix as large
