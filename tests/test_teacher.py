@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
-from data.teacher import clean, write_prompt  # noqa: E402
+from data.teacher import clean, parse_args, write_prompt  # noqa: E402
 from siked import Question  # noqa: E402
 
 ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal answer: 2", "pot": "```python\nanswer = 1 + 1\n```"}
@@ -68,14 +68,18 @@ class Handler(BaseHTTPRequestHandler):
             answer = {"choices": [choice | {"finish_reason": "stop"}], "usage": {"total_tokens": 7}}
             if mood == "long":
                 answer["choices"][0]["finish_reason"] = "length"
+            if mood == "uncounted":
+                answer["usage"]["total_tokens"] = None
             if mood == "nothing":
-                time.sleep(20)
+                time.sleep(200)
+            elif mood in ("cut", "cut error"):
+                self.reply(200 if mood == "cut" else 502, "{", **{"Content-Length": "1000"})
             elif mood == "garbage":
                 self.reply(200, "<html>busy</html>")
             elif mood == "no choices":
                 self.reply(200, '{"error": "overloaded"}')
             elif isinstance(mood, int):
-                self.reply(mood, "trouble", **({"Retry_After": "1"} if mood == 429 else {}))
+                self.reply(mood, "trouble", **({"Retry_After": "3"} if mood == 429 else {}))
             else:
                 self.reply(200, json.dumps(answer))
         finally:
@@ -128,12 +132,13 @@ def test_the_worked_examples_are_right_and_the_same_in_all_strategies():
     assert questions[0] == questions[1] == questions[2] and None not in dict(questions[0]).values()
 
 
-@pytest.mark.parametrize("text, cleaned", [
-    ("Final answer: 3\n\nQuestion: next", "Final answer: 3"),
-    ("Here it is:\n```python\nx = 1\nanswer = x\n```\nDone.", "x = 1\nanswer = x"),
-    ("```\nanswer = 1", "answer = 1"), ("  7 ", "7")])
-def test_clean(text, cleaned):
-    assert clean(text) == cleaned
+@pytest.mark.parametrize("strategy, text, cleaned", [
+    ("cot", "Final answer: 3\n\nQuestion: next", "Final answer: 3"), ("l2m", "  7 ", "7"),
+    ("cot", "```\n1+2\n```\nFinal answer: 3", "```\n1+2\n```\nFinal answer: 3"),
+    ("pot", "Here it is:\n```python\nx = 1\nanswer = x\n```\nDone.", "x = 1\nanswer = x"),
+    ("pot", "```Python3 \r\nanswer = 1\n```\nDone.", "answer = 1"), ("pot", "```\nanswer = 1", "answer = 1")])
+def test_clean(strategy, text, cleaned):
+    assert clean(strategy, text) == cleaned
 
 
 def test_a_stopped_collection_asks_only_for_what_is_missing(questions, tmp_path):
@@ -158,12 +163,13 @@ def test_a_stopped_collection_asks_only_for_what_is_missing(questions, tmp_path)
 
 
 def test_bad_weather_is_survived(questions, tmp_path):
-    """500, 429 with Retry-After, garbage, an error in place of an answer, and silence: asked again, nothing is lost."""
-    server = Server([500, 429, "garbage", "no choices", "nothing"])
+    """500, 429 with Retry-After, garbage, an error in place of an answer, silence, answers that break off: asked again,
+    nothing is lost."""
+    server = Server([500, 429, "garbage", "no choices", "nothing", "cut", "cut error", 408, "uncounted"])
     started = time.time()
     collect(questions, server, "--timeout", 1)
-    assert len(server.requests) == 18 + 5 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
-    assert 1 < time.time() - started < 15  # the silence would last 20 s
+    assert len(server.requests) == 18 + 8 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
+    assert 3 < time.time() - started < 150  # Retry-After asks for 3 s; the silence would last 200
 
 
 def test_a_server_that_stays_broken_is_reported(questions, tmp_path):
@@ -179,6 +185,61 @@ def test_a_refusal_is_not_asked_again(questions):
     server = Server([401] * 100)
     printed = collect(questions, server, "--in-flight", 1, code=2)
     assert "401" in printed and len(server.requests) <= 2
+
+
+def test_a_question_that_is_refused_does_not_stop_the_others(questions, tmp_path):
+    """A content filter, say. The next start asks for it again."""
+    server = Server(["well", 400])
+    assert "1 requests were refused" in collect(questions, server)
+    assert len(server.requests) == 18 and len(read_lines(tmp_path / "teacher.jsonl")) == 17
+    collect(questions, again := Server())
+    assert len(again.requests) == 1 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
+
+
+def test_a_server_that_refuses_everything_is_reported(questions):
+    server = Server([400] * 100)
+    assert "400: trouble" in collect(questions, server, "--samples", 20, code=2)
+    assert 20 <= len(server.requests) < 40  # of 180
+
+
+def test_ctrl_c_writes_the_answers_under_way_and_does_not_wait_for_more(questions, tmp_path):
+    server, out = Server(["well", 500, "well"], delay=1), tmp_path / "teacher.jsonl"  # after the 500 it would wait
+    process = start(questions, "--url", server.url, "--model", "m", "--samples", 2, "--in-flight", 3)
+    while len(server.requests) < 3:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    started = time.time()
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "under way" in printed and time.time() - started < 5
+    assert len(server.requests) == 3 and len(read_lines(out)) == 2
+
+
+def test_fields_of_a_request_can_be_changed(questions):
+    """null takes one out. The key is sent without a line break behind it."""
+    server = Server()
+    collect(questions, server, "--extra", '{"max_tokens": null, "top_k": 3}', OPENAI_API_KEY="secret\r\n")
+    assert "max_tokens" not in server.requests[0] and server.requests[0]["top_k"] == 3
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_only_a_half_written_line_is_cut_off(questions, tmp_path):
+    out, line = tmp_path / "teacher.jsonl", json.dumps({"id": "0", "strategy": "cot", "text": "Final answer: 2"})
+    out.write_text(line)  # whole, but without a line break: it counts
+    collect(questions, server := Server(), "--samples", 1)
+    assert len(server.requests) == 8 and out.read_text().startswith(line + "\n")
+    out.write_text("my notes")
+    assert "another file" in collect(questions, server, code=2)
+    assert out.read_text() == "my notes" and len(server.requests) == 8
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--url", "localhost:8000/v1"), "--url localhost:8000/v1"), (("--extra", "[1]"), "--extra [1]"),
+    (("--in-flight", "0"), "--in-flight: must be at least 1")])
+def test_unusable_flags_are_named(questions, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--questions", str(questions), "--model", "m", *flags])
+    assert message in capsys.readouterr().err
 
 
 def test_requests_run_at_the_same_time(questions):
@@ -202,7 +263,7 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
 
     def collect(samples):
-        process = start(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12, "--rows", 4)
+        process = start(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12, "--rows", 32)
         printed = process.communicate(timeout=100)[0]
         assert process.returncode == 0, printed
         return read_lines(tmp_path / "teacher.jsonl")
@@ -213,3 +274,5 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     assert both[:9] == first and len(both) == 18
     texts = {(line["id"], line["strategy"], line["text"]) for line in both}
     assert len(texts) > 14  # of 18, if no text came twice; with the seeds of the first start 9
+    (tmp_path / "teacher.jsonl").unlink()
+    assert len({(line["id"], line["strategy"], line["text"]) for line in collect(2)}) > 14  # both rounds in one start
