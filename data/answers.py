@@ -25,7 +25,7 @@ STRATEGIES = ("cot", "l2m", "pot")  # Chain of Thought, Least-to-Most, Program o
 # answers need no tolerance, but programs compute in floats (0.07 * 100 is 7.000000000000001) and texts round.
 TOLERANCE = Fraction(1, 1_000_000)
 
-MARKER = re.compile(r"final\s{1,9}answer\s{0,9}:", re.IGNORECASE)
+MARKER = re.compile(r"final\s{1,9}answer[\s*]{0,9}:", re.IGNORECASE)  # also "**Final answer**:"
 
 # One number as people write it: "-$5", "1,234.50", "10.", ".5", "1/2", "1.5e3". A letter may not stand before it (the 2
 # of "CO2" is no number), and a minus belongs to it only if no letter or digit stands before the minus ("5-3").

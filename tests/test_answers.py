@@ -32,6 +32,7 @@ def test_number_after_the_marker(strategy, text, number):
 
 def test_the_last_marker_counts_in_any_case():
     assert numeric_answer("cot", "Final answer: 3. No, wait.\nFINAL ANSWER : 4") == 4
+    assert numeric_answer("cot", "**Final answer**: 4") == numeric_answer("cot", "**Final answer:** 4") == 4
     assert numeric_answer("cot", "The answer is 3.") is None
     # "İ" is two characters in lower case: positions in text.lower() are not positions in text
     assert numeric_answer("cot", "İİİİ Final answer: 18") == 18
