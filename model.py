@@ -460,7 +460,8 @@ def read_tensors(folder: Path, expected: dict, dtype, device) -> dict:
                 raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
             for name in sorted(set(file.keys()) ^ set(file.keys() if names is None else names)):
                 raise ValueError(f"{path}: tensor {name} is {'missing' if name in names else 'not in the index'}")
-            found |= {name: (path, file) for name in file.keys()}
+            # The first Llama files also hold RoPE's frequencies, which are computed here.
+            found |= {name: (path, file) for name in file.keys() if not name.endswith(".rotary_emb.inv_freq")}
         if head not in expected and {head, embedding} <= found.keys():  # tied, but some files store the matrix twice
             if not torch.equal(*(found[name][1].get_tensor(name) for name in (head, embedding))):
                 raise ValueError(f"{found[head][0]}: tensor {head} differs from {embedding}, but tie_word_embeddings is true")

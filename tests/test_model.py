@@ -121,6 +121,15 @@ def test_hidden_and_output_give_the_logits():
     assert (model.output(hidden[1, 5]) - logits[1, 5]).abs().max() < 1e-4
 
 
+def test_output_in_pieces_of_a_large_vocabulary():
+    torch.manual_seed(0)
+    model = Decoder(Config("llama", **TINY | {"vocab_size": 2500}))
+    hidden = torch.randn(3, 16)
+    assert torch.allclose(model.output(hidden), hidden @ model.lm_head.weight.T, atol=1e-6)
+    low = model.cast(torch.bfloat16).output(hidden.bfloat16())
+    assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), model.output(hidden), atol=0.02)
+
+
 def test_padding_on_the_right_changes_no_earlier_logit():
     tokens, logits = expected("gemma3_text")
     model = Decoder.from_pretrained(FIXTURES / "gemma3_text")
@@ -460,6 +469,13 @@ def test_an_extra_tensor_is_named(name, tmp_path):
     folder = copy_checkpoint("llama", tmp_path, change_weights=lambda weights: weights.update({name: torch.ones(2)}))
     with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} is not expected"):
         Decoder.from_pretrained(folder)
+
+
+def test_rope_frequencies_in_a_file_are_passed_over(tmp_path):
+    """The first Llama checkpoints hold them, one tensor a layer."""
+    name, (tokens, logits) = "model.layers.0.self_attn.rotary_emb.inv_freq", expected("llama")
+    copy_checkpoint("llama", tmp_path, change_weights=lambda weights: weights.update({name: torch.ones(2)}))
+    assert (Decoder.from_pretrained(tmp_path)(tokens) - logits).abs().max() < 1e-4
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
