@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,9 +47,28 @@ def measure_limits(job):
         function()
         return amount / statistics.median(timed(function)[0] for _ in range(7)) / 1e9
 
-    low, high, many = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048), torch.ones(100_000_000)
-    return {"float32 GFLOP/s": rate(lambda: high @ high, 2 * 2048 ** 3),
-            "bfloat16 GFLOP/s": rate(lambda: low @ low, 2 * 2048 ** 3), "GB/s": rate(many.sum, 4e8)}
+    def multiply(dtype):
+        for size in (512, 2048):  # a processor that does not know the dtype would take minutes over the large one
+            matrix = torch.randn(size, size).to(dtype)
+            if (result := rate(lambda: matrix @ matrix, 2 * size ** 3)) < 10:
+                break
+        return result
+
+    many = torch.ones(100_000_000)
+    return {"float32 GFLOP/s": multiply(torch.float32), "bfloat16 GFLOP/s": multiply(torch.bfloat16),
+            "GB/s": rate(many.sum, 4e8)}
+
+
+def count_work(config, model, states: int, logits: int, pairs: int, passes: int = 1):
+    """Floating-point operations that cannot be left out, in units of 1e9.
+
+    states      tokens that go through the layers            pairs   (query, key) pairs, summed over the texts
+    logits      of these, how many need the output layer     passes  1: forward; 2: and the gradient by the input of a
+                                                                     matrix product; 3: also that by its weights
+    """
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name)
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # q k^T, and times v
+    return 2 * passes * (states * matrices + logits * config.vocab_size * config.hidden_size + pairs * attention) / 1e9
 
 
 def read_items(job):
@@ -62,10 +82,18 @@ def measure_sampling(job):
         n=job["n"], temperature=job["temperature"], top_p=0.95, batch_size=job["batch"], stop_ids=job["stops"])
     generate(model, prompts[:3], max_new_tokens=4, **how)  # warm-up
     seconds, samples = timed(lambda: generate(model, prompts, max_new_tokens=job["tokens"], **how))
+    # Of the prompts of a question, which differ in their tags, one is counted whole; and of the cache, each key and value
+    # once per query, with the weights once per step of a full batch.
+    texts = [(len(prompts[i]), min(len(ids) + 1, job["tokens"])) for i, row in enumerate(samples) for ids in row]
+    n_tokens, fed = sum(count for _, count in texts), sum(map(len, prompts[::3]))
+    pairs = sum(count * length + count * (count + 1) // 2 for length, count in texts)
+    config, size = model.config, model.model.norm.weight.element_size()
+    gigabytes = size / 1e9 * (n_tokens / min(job["batch"], len(texts)) * sum(p.numel() for p in model.parameters())
+                              + pairs * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim)
     texts = [(siked.STRATEGIES[i % 3], student.tokenizer.decode(ids)) for i, row in enumerate(samples) for ids in row]
     check_seconds, _ = timed(lambda: [siked.numeric_answer(strategy, text) for strategy, text in texts])
-    return {"seconds": seconds, "items": len(texts), "check seconds": check_seconds,
-            "tokens": sum(min(len(ids) + 1, job["tokens"]) for row in samples for ids in row)}
+    return {"seconds": seconds, "items": len(texts), "check seconds": check_seconds, "tokens": n_tokens,
+            "GFLOP": count_work(config, model, n_tokens + fed, n_tokens, pairs), "GB": gigabytes}
 
 
 def measure_transformers_sampling(job):
@@ -107,7 +135,10 @@ def measure_sft(job):
                              "--lr", "1e-5", "--dtype", job["dtype"], "--lora", str(job["lora"]), "--device", "cpu"])
     steps = len(examples) // job["per step"]
     seconds, _ = timed(lambda: train.fine_tune(student, examples, steps, args, 0, "sft"))
-    return {"seconds": seconds, "items": len(examples), "tokens": sum(len(a) + len(b) for a, b in examples)}
+    lengths = [(len(prompt) + len(target) - 1, len(target)) for prompt, target in examples]
+    return {"seconds": seconds, "items": len(examples), "tokens": sum(length for length, _ in lengths), "GFLOP": count_work(
+        student.model.config, student.model, *map(sum, zip(*lengths)), sum(length * (length + 1) // 2 for length, _ in lengths),
+        passes=2 if job["lora"] else 3), "GB": 0}
 
 
 def measure_trl_sft(job):
@@ -159,7 +190,7 @@ def describe(values) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-def compare(title: str, unit: str, repeats: int, ours, peers) -> None:
+def compare_all(repeats: int, limits: dict, title: str, unit: str, ours, peers) -> None:
     """Prints a line per contestant. ours: (function name, job); peers: {label: [(function name, job), ...]}."""
     print(f"\n{title}", flush=True)
     contestants = {"ours": ours}
@@ -182,6 +213,9 @@ def compare(title: str, unit: str, repeats: int, ours, peers) -> None:
         if "tokens" in of[0]:
             line += f", {describe([r['tokens'] / r['seconds'] for r in of])} tokens/s"
         line += f", peak {describe([r['GiB'] for r in of])} GiB"
+        if "GFLOP" in of[0]:  # the least time, over the time
+            peak = limits[contestants[label][1]["dtype"] + " GFLOP/s"]
+            line += f", {describe([100 * max(r['GFLOP'] / peak, r['GB'] / limits['GB/s']) / r['seconds'] for r in of])} % of the limit"
         if "check seconds" in of[0]:
             line += f", answer check {describe([100 * r['check seconds'] / r['seconds'] for r in of])} % of the time"
         if label != "ours":
@@ -208,8 +242,10 @@ def main() -> None:
     has = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "trl", "peft", "datasets")}
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; peers: "
           + (", ".join(f"{name} {importlib.metadata.version(name)}" for name in has if has[name]) or "none is installed"))
-    if "limits" in args.parts:
-        print("limits: " + ", ".join(f"{value:.0f} {name}" for name, value in run_child("measure_limits").items() if name != "GiB"))
+    limits = run_child("measure_limits")
+    print("limits: " + ", ".join(f"{value:.0f} {name}" for name, value in limits.items() if name != "GiB"))
+    # Real checkpoints are measured in the dtype that one would choose: few processors multiply matrices in bfloat16.
+    dtype = max(("bfloat16", "float32"), key=lambda name: limits[f"{name} GFLOP/s"])
     if set(args.parts) == {"limits"}:
         return
 
@@ -230,31 +266,33 @@ def main() -> None:
         path.write_text(json.dumps(items))
         return {"model": model, "items": str(path), "stops": student.stop_ids}
 
+    compare = partial(compare_all, args.repeats, limits)
+
     def compare_sampling(title, ours_batch, their_batches, job):
         peers = {"transformers generate": [("measure_transformers_sampling", job | {"batch": b}) for b in their_batches],
                  "transformers generate_batch": [("measure_transformers_sampling", job | {"batch": 0})]}
-        compare(title, "samples", args.repeats, ("measure_sampling", job | {"batch": ours_batch}), peers if has["transformers"] else {})
+        compare(title, "samples", ("measure_sampling", job | {"batch": ours_batch}), peers if has["transformers"] else {})
 
     def compare_sft(title, ours_batch, job):
         job["out"] = str(out / "trl")
         peers = {"trl SFTTrainer": [("measure_trl_sft", job | {"batch": b, "packing": b == 1, "order": order})
                                     for b, order in ((1, "random"), (2, "group_by_length"), (4, "group_by_length"),
                                                      (8, "group_by_length"))]}
-        compare(title, "examples", args.repeats, ("measure_sft", job | {"batch": ours_batch}), peers if all(has.values()) else {})
+        compare(title, "examples", ("measure_sft", job | {"batch": ours_batch}), peers if all(has.values()) else {})
 
     if "sample" in args.parts:
         compare_sampling("Sampling, embedded student, float32, 100 questions x 3 tags x 10, temperature 0.7", 256, (60, 120, 240),
                          write_items(embedded, toy, 100) | {"n": 10, "tokens": 200, "temperature": 0.7, "dtype": "float32"})
         for temperature, n in ((0.7, 4), (0.0, 1)) if args.model else ():
-            compare_sampling(f"Sampling, {args.model}, bfloat16, 8 questions x 3 tags x {n}, 64 tokens, temperature {temperature}",
+            compare_sampling(f"Sampling, {args.model}, {dtype}, 8 questions x 3 tags x {n}, 64 tokens, temperature {temperature}",
                              96, (16, 96), write_items(args.model, args.data, 8) | {
-                                 "n": n, "tokens": 64, "temperature": temperature, "dtype": "bfloat16", "stops": []})
+                                 "n": n, "tokens": 64, "temperature": temperature, "dtype": dtype, "stops": []})
     if "sft" in args.parts:
         compare_sft("SFT, embedded student, float32, 800 examples, 16 a step", 4, write_items(embedded, toy, 0, 800) | {
             "per step": 16, "dtype": "float32", "lora": 0})
         for title, lora in (("all weights", 0), ("LoRA 16", 16)) if args.model else ():
-            compare_sft(f"SFT, {args.model}, bfloat16, {title}, 32 examples, 8 a step", 2, write_items(
-                args.model, args.data, 0, 32) | {"per step": 8, "dtype": "bfloat16", "lora": lora})
+            compare_sft(f"SFT, {args.model}, {dtype}, {title}, 32 examples, 8 a step", 2, write_items(
+                args.model, args.data, 0, 32) | {"per step": 8, "dtype": dtype, "lora": lora})
     if "growth" in args.parts:
         print("\nGrowth: embedded student, no stops, batches of 256")
         for name in ("questions", "n", "tokens"):
