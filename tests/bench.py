@@ -178,9 +178,12 @@ def peak_memory() -> float:
 # The parent
 
 
-def run_child(name, **job) -> dict:
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps({"name": name, **job})],
-                          capture_output=True, text=True)
+def run_child(name, timeout=None, **job) -> dict:
+    try:
+        done = subprocess.run([sys.executable, __file__, "--child", json.dumps({"name": name, **job})],
+                              capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done after {timeout:.0f} s") from None
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
@@ -190,26 +193,30 @@ def describe(values) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
+def setting(job) -> dict:
+    return {key: job[key] for key in ("batch", "packing", "order") if key in job}
+
+
 def compare_all(repeats: int, limits: dict, title: str, unit: str, ours, peers) -> None:
     """Prints a line per contestant. ours: (function name, job); peers: {label: [(function name, job), ...]}."""
     print(f"\n{title}", flush=True)
     contestants = {"ours": ours}
+    patience = 10 * run_child(ours[0], **ours[1])["seconds"] + 60  # or the continuous batching of a CPU takes all day
     for label, choices in peers.items():
         tried = []
         for name, job in choices:
             try:
-                tried.append((run_child(name, **job)["seconds"], len(tried)))
+                tried.append((run_child(name, patience, **job)["seconds"], job))
             except RuntimeError as error:
-                print(f"  {label}: {error}", flush=True)
+                print(f"  {label} {setting(job)}: {error}", flush=True)
         if tried:
-            contestants[label] = choices[min(tried)[1]]
+            contestants[label] = (name, min(tried, key=lambda pair: pair[0])[1])
     results = {label: [] for label in contestants}
     for _ in range(repeats):
         for label, (name, job) in contestants.items():
             results[label].append(run_child(name, **job))
     for label, of in results.items():
-        chosen = {key: value for key, value in contestants[label][1].items() if key in ("batch", "packing", "order")}
-        line = f"  {label} {chosen}: {describe([r['items'] / r['seconds'] for r in of])} {unit}/s"
+        line = f"  {label} {setting(contestants[label][1])}: {describe([r['items'] / r['seconds'] for r in of])} {unit}/s"
         if "tokens" in of[0]:
             line += f", {describe([r['tokens'] / r['seconds'] for r in of])} tokens/s"
         line += f", peak {describe([r['GiB'] for r in of])} GiB"
@@ -275,9 +282,9 @@ def main() -> None:
 
     def compare_sft(title, ours_batch, job):
         job["out"] = str(out / "trl")
-        peers = {"trl SFTTrainer": [("measure_trl_sft", job | {"batch": b, "packing": b == 1, "order": order})
-                                    for b, order in ((1, "random"), (2, "group_by_length"), (4, "group_by_length"),
-                                                     (8, "group_by_length"))]}
+        peers = {"trl SFTTrainer": [("measure_trl_sft", job | {
+            "batch": b, "packing": b == 1, "order": "random" if b == 1 else "group_by_length"})
+            for b in (1, 2, 4, 8, 16) if b <= job["per step"]]}
         compare(title, "examples", ("measure_sft", job | {"batch": ours_batch}), peers if all(has.values()) else {})
 
     if "sample" in args.parts:
