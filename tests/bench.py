@@ -184,6 +184,8 @@ def run_child(name, timeout=None, **job) -> dict:
                               capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"not done after {timeout:.0f} s") from None
+    if done.returncode < 0:  # its last line would be no reason
+        raise RuntimeError(f"ended by signal {-done.returncode}")
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
