@@ -12,7 +12,8 @@ How the batch is kept full; `plan` is a function, the rest is the loop of `decod
                 draw a sample of the prompt.
     shrink      When no group waits any more, the running rows are copied to a smaller cache now and then.
     step        One token per row is fed to the model and the next one drawn from the logits. Rows have different
-                lengths: each writes to the cache at its own length, so no row is ever padded inside.
+                lengths: each writes to the cache at its own length, so no row is ever padded inside. On a GPU a step is
+                recorded once as a CUDA graph and then replayed: its hundreds of small kernels start as one.
 
 Dimension letters as in model.py: B rows, T tokens fed per row, S keys seen, H key and value heads, D width of a head,
 C width of the hidden states, V vocabulary size.
@@ -28,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 FREE_SHARE = 1 / 8  # of the rows: so many must be free before a refill, which costs a small forward pass of its own
 KEEP_SHARE = 3 / 4  # running rows / rows at which a copy to a smaller cache pays: it costs about as much as two steps
 LOOK_AFTER = {"cpu": 1, "cuda": 16}  # steps; to look who has finished, the host waits for the device
+BLOCK = {"cpu": 1, "cuda": 128}  # keys; a step looks at whole blocks of them, so that on a GPU few graphs serve all steps
 
 
 class KVCache:
@@ -38,7 +40,8 @@ class KVCache:
     uninitialised memory, because attention multiplies hidden values by 0, and 0 * NaN is NaN.
     """
 
-    def __init__(self, rows: int, capacity: int, device="cpu"):
+    def __init__(self, rows: int, capacity: int, device="cpu", block: int = 1):
+        self.block = block        # S, the number of keys that a pass looks at, is a multiple of it
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,) tokens held per row
         self.longest = 0          # max(lengths), kept on the host: reading it from a device would make every step wait
         self.capacity = capacity  # tokens per row that the buffers have room for
@@ -54,12 +57,16 @@ class KVCache:
             pair[:] = [F.pad(buffer, (0, 0, 0, missing)) for buffer in pair]  # copies with zeros behind
         return pair
 
+    def keys_seen(self, T: int) -> int:
+        """S, the number of keys that a pass over T tokens per row looks at: max(lengths) + T, in whole blocks."""
+        return -(-(self.longest + T) // self.block) * self.block
+
     def update(self, layer_index: int, k, v):
         """Writes the new k and v (B, H, T, D) behind each row's tokens; returns all keys and values (B, H, S, D).
 
-        S = max(lengths) + T. The layers of a forward pass are updated in order, from 0.
+        The layers of a forward pass are updated in order, from 0.
         """
-        T, S = k.shape[2], self.longest + k.shape[2]
+        T, S = k.shape[2], self.keys_seen(k.shape[2])
         if layer_index == 0:  # the places are the same in all layers
             self.rows = torch.arange(len(k), device=k.device)[:, None]              # (B, 1)
             self.places = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
@@ -72,7 +79,7 @@ class KVCache:
 
     def advance(self, counts):
         """Counts the tokens of the last forward pass as held: an int, or (B,) if some rows were padded."""
-        self.lengths = self.lengths + counts
+        self.lengths += counts  # in place: a CUDA graph knows this tensor
         self.longest = self.longest + counts if isinstance(counts, int) else int(self.lengths.max())
 
     def put(self, rows, other: "KVCache", lines) -> None:
@@ -86,7 +93,7 @@ class KVCache:
 
     def select(self, lines) -> "KVCache":
         """A new cache with copies of these lines: indices (any number,), some of them left out or repeated."""
-        chosen = KVCache(len(lines), self.capacity, self.lengths.device)
+        chosen = KVCache(len(lines), self.capacity, self.lengths.device, self.block)
         chosen.put(torch.arange(len(lines), device=lines.device), self, lines)
         return chosen
 
@@ -119,9 +126,10 @@ def sample_nucleus(logits, temperature: float, top_p: float, uniforms, looked_at
     and more of them for the rows where these do not suffice.
     """
     K = min(looked_at, logits.shape[1])
-    top, ids = logits.topk(K)  # (B, K), in falling order
-    highest = top[:, :1]       # (B, 1)
-    weights, everything = weigh(top, highest, temperature), K == logits.shape[1]
+    everything = K == logits.shape[1]
+    top, ids = logits.sort(descending=True) if everything else logits.topk(K)  # (B, K), in falling order
+    highest = top[:, :1]                                                       # (B, 1)
+    weights = weigh(top, highest, temperature)                                 # (B, K)
     # The sum over all ids, (B, 1): in pieces, whose weights stay in a CPU's cache, it takes half the time.
     total = weights.sum(-1, keepdim=True) if everything else sum(
         weigh(piece, highest, temperature).sum(-1, keepdim=True) for piece in logits.split(1024, dim=1))
@@ -220,11 +228,16 @@ def prefill(model, prompts, groups, n_tokens: int, device):
 
 
 def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: float, top_p: float, stop_ids, seed: int,
-           n_tokens: int):
+           n_tokens: int, cuda_graphs: bool):
     """Draws the samples of the groups in B rows and yields (prompt, sample, text) of each that is finished."""
     device = next(model.parameters()).device
+    look_after, block = LOOK_AFTER.get(device.type, 1), BLOCK.get(device.type, 1)
+    cuda_graphs = cuda_graphs and device.type == "cuda"
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)  # (number of stop ids,)
-    cache, jobs = KVCache(B, 0, device), [None] * B  # jobs: the (prompt, sample) of each row; None: the row is free
+    # All the room at once, since a graph also knows the buffers; finished rows go on for up to look_after steps.
+    capacity = max(map(len, prompts)) + max_new_tokens + look_after + block if cuda_graphs else 0
+    cache, graphs = KVCache(B, capacity, device, block), {}  # graphs: by keys seen, for the present cache
+    jobs = [None] * B  # the (prompt, sample) of each row; None: the row is free
     running = torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
     tokens = torch.zeros(B, dtype=torch.int64, device=device)  # (B,) the last ones drawn, which are not in the cache yet
     counts = torch.zeros(B, dtype=torch.int64, device=device)  # (B,) how many were drawn
@@ -238,7 +251,26 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
         new = sample_next_token(logits, temperature, top_p, uniforms[rows, places])  # (N,)
         tokens[rows] = drawn[rows, places] = new
         counts[rows] = places + 1
-        running[rows] &= ~torch.isin(new, stops) & (places + 1 < max_new_tokens)
+        running[rows] &= ~(new[:, None] == stops).any(-1) & (places + 1 < max_new_tokens)
+
+    def step():
+        """Feeds each row's last token and draws the next."""
+        hidden = model.hidden(tokens[:, None], cache)  # (B, 1, C)
+        cache.advance(1)
+        draw(torch.arange(B, device=device), model.output(hidden[:, 0])[:, :n_tokens])
+
+    def replay_step():
+        """A step by a CUDA graph. One that sees so many keys for the first time is taken as usual, and then recorded."""
+        S = cache.keys_seen(1)
+        if S in graphs:
+            graphs[S].replay()
+            cache.longest += 1
+        else:
+            step()
+            cache.longest -= 1  # a recording changes nothing on the device
+            graphs[S] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[S]):
+                step()
 
     while True:
         n_free = B - int(running.sum())  # free or finished
@@ -273,11 +305,10 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
             kept = running.nonzero()[:, 0]  # (B - n_free,)
             B, cache, jobs = len(kept), cache.select(kept), [jobs[row] for row in kept.tolist()]
             running, tokens, counts, drawn, uniforms = (x[kept] for x in (running, tokens, counts, drawn, uniforms))
+            graphs.clear()
         # step
-        for _ in range(LOOK_AFTER.get(device.type, 1)):
-            hidden = model.hidden(tokens[:, None], cache)  # (B, 1, C)
-            cache.advance(1)
-            draw(torch.arange(B, device=device), model.output(hidden[:, 0])[:, :n_tokens])
+        for _ in range(look_after):
+            replay_step() if cuda_graphs else step()
 
 
 def check_arguments(config, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size, n_tokens):
@@ -303,7 +334,7 @@ def check_arguments(config, prompts, n, max_new_tokens, temperature, top_p, stop
 @torch.inference_mode()
 def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, stop_ids, seed: int = 0, batch_size: int = 256, n_tokens: int | None = None,
-             progress=None) -> list[list[list[int]]]:
+             cuda_graphs: bool = True, progress=None) -> list[list[list[int]]]:
     """Samples n continuations of each prompt: [prompt][sample][token], in the caller's order, the stop id left off.
 
     stop_ids        every one of these ids ends a row; if there are none, every sample is max_new_tokens long
@@ -311,6 +342,7 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
     batch_size      rows (prompts x samples) decoded at once
     n_tokens        ids from here on have no token and are never sampled: the tokenizer's highest id + 1, which can be
                     less than the model's padded vocabulary; None = all of the model's ids
+    cuda_graphs     on a GPU, replay recorded steps: several times as fast as starting each kernel from Python
     progress        called with 1 for each sample when it leaves the batch (tqdm's `update`, say)
 
     A sample depends on the seed, its prompt's ids and its index among the n, not on the other prompts, their order or
@@ -328,7 +360,7 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
     model.eval()
     try:
         for prompt, sample, text in decode(model, prompts, plan(prompts, n, batch_size), min(batch_size, n * len(prompts)),
-                                           max_new_tokens, temperature, top_p, stop_ids, seed, n_tokens):
+                                           max_new_tokens, temperature, top_p, stop_ids, seed, n_tokens, cuda_graphs):
             samples[prompt][sample] = text
             if progress:
                 progress(1)

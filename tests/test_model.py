@@ -52,13 +52,12 @@ class ListCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.layers = {}  # layer: (keys, values), each a list over rows of lists of (H_kv, D)
 
-    @property
-    def longest(self):
-        return int(self.lengths.max())
+    def keys_seen(self, T):
+        return int(self.lengths.max()) + T
 
     def update(self, layer_index, k, v):
         B, H_kv, T, D = k.shape
-        returned, S = [], self.longest + T
+        returned, S = [], self.keys_seen(T)
         if layer_index not in self.layers:
             self.layers[layer_index] = [[] for _ in range(B)], [[] for _ in range(B)]
         for stored, new in zip(self.layers[layer_index], (k, v)):

@@ -3,6 +3,7 @@
 The model is a tiny random decoder in float32. Its fresh weights are scaled up so that its likeliest next id depends on
 the text and probabilities differ: with nearly uniform ones a broken cache would change too little to be seen.
 """
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -149,13 +150,29 @@ def test_stops_stepping_when_all_rows_have_finished(model):
 
 @pytest.mark.parametrize("how", [{}, SAMPLED])
 def test_looking_seldom_who_has_finished_changes_no_text(model, how, monkeypatch):
-    """As on a GPU, where a look makes the host wait: rows go on behind their end, by up to 6 steps, unseen."""
+    """As on a GPU, where a look makes the host wait: rows go on behind their end, by up to 6 steps, unseen. And a step
+    looks at whole blocks of keys."""
     prompts = ragged_prompts(20)
     samples = generate(model, prompts, n=3, max_new_tokens=25, stop_ids=[3, 17], batch_size=16, **how)
     monkeypatch.setitem(sampler.LOOK_AFTER, "cpu", 7)
+    monkeypatch.setitem(sampler.BLOCK, "cpu", 16)
     assert generate(model, prompts, n=3, max_new_tokens=25, stop_ids=[3, 17], batch_size=16, **how) == samples
     longest_prompt = [[5] * (128 - 25)]  # here they go on beyond the model's last position
     assert len(generate(model, longest_prompt, max_new_tokens=25, stop_ids=[], **how)[0][0]) == 25
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("how", [{}, SAMPLED])
+def test_cuda_graphs_change_no_text(model, how):
+    """Through refills, shrinking batches, and steps that see a second block of keys."""
+    on_gpu = Decoder(dataclasses.replace(model.config, max_position_embeddings=400)).cuda()
+    on_gpu.load_state_dict(model.state_dict())
+    prompts = ragged_prompts(40)
+    settings = dict(n=3, max_new_tokens=200, stop_ids=[3], batch_size=32, **how)
+    samples = generate(on_gpu, prompts, cuda_graphs=True, **settings)
+    assert generate(on_gpu, prompts, cuda_graphs=False, **settings) == samples
+    lengths = [len(text) for texts in samples for text in texts]
+    assert min(lengths) < 20 and max(lengths) > 128, "the case should hold short and long texts"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

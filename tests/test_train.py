@@ -325,6 +325,21 @@ def test_same_seed_gives_the_same_weights_to_the_bit():
     assert not all(torch.equal(a, b) for a, b in zip(first, trained(4)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype, lora, tolerance", [("float32", 0, 1e-3), ("float32", 2, 1e-3), ("bfloat16", 0, 0.05),
+                                                    ("bfloat16", 2, 0.05)])
+def test_cuda_trains_as_the_cpu_does(dtype, lora, tolerance):
+    def trained(device, dtype):
+        student = tiny_student()
+        start = [p.detach().clone() for p in student.model.parameters()]
+        student.model.to(device)
+        fine_tune(student, ragged_examples(20), 8, settings(device=device, dtype=dtype, lora=lora, lr=1e-3), 3, "test")
+        return torch.cat([(p.detach().cpu() - before).flatten() for p, before in zip(student.model.parameters(), start)])
+
+    ours, wanted = trained("cuda", dtype), trained("cpu", "float32")
+    assert torch.cosine_similarity(ours, wanted, dim=0) > 1 - tolerance
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_bfloat16_arithmetic_keeps_float32_weights(lora):
     """--dtype bfloat16: the weights are updated in float32, where a small step is not rounded away. With LoRA, bfloat16
