@@ -235,7 +235,7 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
     cuda_graphs = cuda_graphs and device.type == "cuda"
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)  # (number of stop ids,)
     # All the room at once, since a graph also knows the buffers; finished rows go on for up to look_after steps.
-    capacity = max(map(len, prompts)) + max_new_tokens + look_after + block if cuda_graphs else 0
+    capacity = max(map(len, prompts), default=0) + max_new_tokens + look_after + block if cuda_graphs else 0
     cache, graphs = KVCache(B, capacity, device, block), {}  # graphs: by keys seen, for the present cache
     jobs = [None] * B  # the (prompt, sample) of each row; None: the row is free
     running = torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
@@ -268,9 +268,10 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
         else:
             step()
             cache.longest -= 1  # a recording changes nothing on the device
-            graphs[S] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[S]):
+            graph, others = torch.cuda.CUDAGraph(), list(graphs.values())
+            with torch.cuda.graph(graph, pool=others[0].pool() if others else None):  # one after the other, in one memory
                 step()
+            graphs[S] = graph
 
     while True:
         n_free = B - int(running.sum())  # free or finished
