@@ -410,19 +410,30 @@ class Decoder(nn.Module):
         return model
 
     def save_pretrained(self, folder) -> None:
-        """Writes config.json and model.safetensors. A kill leaves the old file or the new one, never half of one."""
+        """Writes config.json and model.safetensors. OSError names the file that cannot be written."""
         folder, fields = Path(folder), dataclasses.asdict(self.config)
         config = {"architectures": [ARCHITECTURES[self.config.model_type]]} | fields.pop("extra")
         config |= {name: value for name, value in fields.items() if value is not None}
         config.pop("torch_dtype", None)  # the former name of dtype
         config["dtype"] = str(self.model.norm.weight.dtype).removeprefix("torch.")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()},
-                  folder / "model.safetensors.tmp", metadata={"format": "pt"})  # transformers asks for the format
-        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        write_beside(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_beside(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n", "utf-8"))
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded checkpoint that was here
+
+
+def write_beside(path: Path, write) -> None:
+    """Calls write(a path beside this one) and renames that file: a kill or a full disk leaves the old file or the new one,
+    never half of one. OSError names the file."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch.save, safetensors
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def find_shards(folder: Path) -> dict[Path, list[str] | None]:
@@ -475,4 +486,8 @@ def read_tensors(folder: Path, expected: dict, dtype, device) -> dict:
                 raise ValueError(f"{path}: tensor {name} is {stored} {shape}, must be float {list(tensor.shape)}")
         # One by one: memory for one copy. What needs no conversion stays a private view of the file, which may be
         # replaced, as save_pretrained does, but not overwritten in place while the model lives.
-        return {name: found[name][1].get_tensor(name).to(device, dtype) for name in expected}
+        tensors = {name: found[name][1].get_tensor(name).to(device, dtype) for name in expected}
+    for name, tensor in tensors.items():
+        if not tensor.sum().isfinite():
+            raise ValueError(f"{found[name][0]}: tensor {name} holds nan or infinity")
+    return tensors
