@@ -28,10 +28,12 @@ import torch
 from tokenizers import Tokenizer
 
 from data.answers import STRATEGIES, numeric_answer, parse_number, same_number
-from model import Decoder
+from model import Decoder, write_beside
 from sampler import generate, is_finished
 
 MODES = ("all", "adaptive", "self", "teacher")
+TEXTS_AT_ONCE = 8192  # a part of self-generation: many batches, so that the last one, which empties, is a small share
+LONGEST_LINE = 10_000_000  # bytes of a data file; a longer one is no question
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,17 @@ def no_progress(total: int, what: str):
     yield None
 
 
+def compute_now(name: str, compute):
+    """Stands for a store of finished work."""
+    return compute()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
 def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adaptive_per="question", iterations=3,
-          samples=4, keep=1, temperature=0.7, top_p=0.95, seed=0, first=0, progress=no_progress):
+          samples=4, keep=1, temperature=0.7, top_p=0.95, seed=0, first=0, progress=no_progress, stage=compute_now):
     """The numbered steps of the method. Yields an Iteration after each round, round 0 first.
 
     student     a Student, trained in place
@@ -84,19 +91,21 @@ def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adap
     fine_tune   function(student, rationales, round, size) -> optimizer steps, as many as a mix of `size` texts takes
     sets        dict name -> list[Question] to evaluate on
     first       the round to go on with, if `student` has the weights of the round before it
+    stage       function(name, compute) -> compute(), or what it gave under this name before a run was stopped
     """
     teacher = filter_correct(check(teacher, questions))                                     # step 1: filter
     for number in range(first, iterations + 1):
         generated, own, training_mix = [], [], teacher                                      # step 2: distil
         if number > 0:
             generated = self_generate(student, questions, samples, seed=seed + number,      # step 3: self-generate
-                                      temperature=temperature, top_p=top_p, progress=progress)
+                                      temperature=temperature, top_p=top_p, progress=progress, stage=stage)
             generated = check(generated, questions)
             own = filter_correct(generated, keep)                                           #         and filter
             training_mix = mix(teacher, own, mode, adaptive_per)                            # step 4: mix
         size = len(teacher) + len(own) if mode == "teacher" else len(training_mix)
         steps = fine_tune(student, training_mix, number, size)                              # steps 2, 5: distil, retrain
-        measures = {name: evaluate(student, asked, name, progress) for name, asked in sets.items()}  # step 6: evaluate
+        measures = {name: stage(f"{number}: evaluate {name}", lambda: evaluate(student, asked, name, progress))
+                    for name, asked in sets.items()}                                        # step 6: evaluate
         yield Iteration(number, generated, own, training_mix, steps, measures,              # step 7: repeat
                         measure_mix(teacher, own, training_mix))
 
@@ -174,8 +183,9 @@ class Student:
 
     def save(self, folder) -> None:
         self.model.save_pretrained(folder)
-        self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": self.stop_ids}) + "\n")
+        for name, text in (("tokenizer.json", self.tokenizer.to_str(pretty=True)),
+                           ("generation_config.json", json.dumps({"eos_token_id": self.stop_ids}) + "\n")):
+            write_beside(Path(folder) / name, lambda path: path.write_text(text, "utf-8"))
 
     def prompt(self, question: Question, strategy: str | None = None) -> list[int]:
         """The question and, if the strategy is forced, its tag. A tokenizer that opens texts with a special token
@@ -201,12 +211,18 @@ class Student:
 
 
 def self_generate(student: Student, questions, samples: int, *, seed: int, temperature: float = 0.7,
-                  top_p: float = 0.95, progress=no_progress) -> list[Rationale]:
-    """`samples` rationales of the student for every question in every strategy, forced by its tag; not yet checked."""
-    jobs = [(question, strategy) for question in questions for strategy in STRATEGIES]
+                  top_p: float = 0.95, progress=no_progress, stage=compute_now) -> list[Rationale]:
+    """`samples` rationales of the student for every question in every strategy, forced by its tag; not yet checked.
+
+    They are written in parts, so that a run that is stopped loses one part at most.
+    """
+    jobs, texts = [(question, strategy) for question in questions for strategy in STRATEGIES], []
+    prompts = [student.prompt(*job) for job in jobs]
+    at_once = len(STRATEGIES) * max(1, TEXTS_AT_ONCE // (len(STRATEGIES) * samples))  # prompts; whole questions
     with progress(len(jobs) * samples, "self-generate") as update:
-        texts = student.answer([student.prompt(*job) for job in jobs], samples, seed=seed, temperature=temperature,
-                               top_p=top_p, progress=update)
+        for start in range(0, len(jobs), at_once):
+            texts += stage(f"self-generate, seed {seed}, from {start}", lambda: student.answer(
+                prompts[start:start + at_once], samples, seed=seed, temperature=temperature, top_p=top_p, progress=update))
     return [Rationale(question.id, strategy, text, "student", finished)
             for (question, strategy), row in zip(jobs, texts) for text, finished in row]
 
@@ -309,18 +325,23 @@ def read_lines(path, required: tuple[str, ...]):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # bad JSON or bad UTF-8
-            raise ValueError(f"{place}: not JSON: {error}") from None
-        for name in required:
-            if not isinstance(record, dict) or not isinstance(record.get(name), str):
-                raise ValueError(f"{place}: the field {name!r} is missing or not a text")
-        yield place, record
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            place = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{place}: longer than {LONGEST_LINE:,} bytes")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
+                raise ValueError(f"{place}: not JSON: {error}") from None
+            for name in required:
+                if not isinstance(record, dict) or not isinstance(record.get(name), str):
+                    raise ValueError(f"{place}: the field {name!r} is missing or not a text")
+                if re.search("[\ud800-\udfff]", record[name]):
+                    raise ValueError(f"{place}: the field {name!r} holds half of a character, a lone surrogate")
+            yield place, record
 
 
 def read_questions(path) -> list[Question]:

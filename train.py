@@ -3,10 +3,12 @@
     python train.py --iters 3                               # the embedded student and word problems, minutes on a laptop
     python train.py --iters 3 --compare --seeds 3           # and everything that SIKeD is compared with, three times
     python train.py --model GEMMA_FOLDER --data GSM8K_FOLDER --out RUN_FOLDER --iters 3     # real checkpoint, real data
+    torchrun --nproc-per-node 4 train.py ...                # the same by four processes, one per GPU or CPU share
 
 --data holds train.jsonl, teacher.jsonl, test.jsonl; every further *.jsonl file is an out-of-distribution set.
 The run folder (--out) gets args.json, metrics.jsonl (one line per model and set), report.md, and a folder per model.
-The same command goes on where it was stopped: finished models are not trained again.
+The same command goes on where it was stopped, in the middle of a model too, and ends with the same numbers. On several
+machines (torchrun --nnodes ...) all have to see the run folder.
 """
 import argparse
 import hashlib
@@ -17,19 +19,24 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import siked
-from model import project
+from data.program import evaluate_program
+from model import Decoder, project, write_beside
 from siked import MODES, STRATEGIES, Student
 
 HERE = Path(__file__).resolve().parent
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
 IGNORE = -100  # the target at positions that the loss leaves out
 LOGITS_AT_ONCE = 2 ** 26  # numbers: 256 MiB in float32
 PAPER = {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "accumulation": 4, "lr": 2e-4, "warmup": 5,
@@ -102,9 +109,36 @@ def parse_args(argv=None) -> argparse.Namespace:
           help="of the arithmetic; weights stay float32")
     group("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group("--rows", type=number(int, 1), default=256, help="texts generated at once; fewer need less memory")
+    group("--save-minutes", type=number(float, 0), default=10,
+          help="between two checkpoints of a model in training, from which a stopped run goes on")
     if parser.parse_known_args(argv)[0].preset:
         parser.set_defaults(**PAPER)
     return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes: each does the whole run, but writes a share of the texts and computes a share of each step's batches
+
+
+def agree(value):
+    """Process 0's value, in all processes."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class SharingStudent(Student):
+    """A Student whose texts are written by all processes, a stretch of the prompts each. A text does not depend on the
+    others (see sampler.generate), so it is the one that a single process writes."""
+
+    def answer(self, prompts, n=1, **kwargs):
+        mine = prompts[len(prompts) * RANK // WORLD:len(prompts) * (RANK + 1) // WORLD]
+        stretches = [super().answer(mine, n, **kwargs)]
+        if WORLD > 1:
+            mine, stretches = stretches[0], [None] * WORLD
+            dist.all_gather_object(stretches, mine)
+        return [texts for stretch in stretches for texts in stretch]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,10 +206,10 @@ def output_loss(states, targets, weight, weight_grad, room, scale: float):
 def add_gradients(model, parts, dtype, device, room):
     """Adds the gradients of a step's batches [(tokens, targets)] to the .grad of the parameters; returns its loss: the
     mean over all of its trained tokens, so that each counts alike. Only trained positions go through the output layer."""
-    n_trained, total = sum((targets != IGNORE).sum().item() for _, targets in parts), 0
+    n_trained, total = sum((targets != IGNORE).sum().item() for _, targets in parts), torch.zeros((), device=device)
     weight = model.output_weight()
     cast_weight = weight.detach().to(dtype)  # (V, C), once for all batches
-    for tokens, targets in parts:
+    for tokens, targets in parts[RANK::WORLD]:
         tokens, targets = tokens.to(device), targets.to(device)  # (B, T)
         counted = targets != IGNORE                              # (B, T)
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
@@ -183,11 +217,18 @@ def add_gradients(model, parts, dtype, device, room):
         loss, grads = output_loss(states.detach(), targets[counted], cast_weight, weight.grad, room, 1 / n_trained)
         states.backward(grads)
         total += loss
+    if WORLD > 1:
+        for tensor in (total, *(p.grad for p in model.parameters() if p.grad is not None)):
+            dist.all_reduce(tensor)
     return total
 
 
-def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str) -> None:
+def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str, checkpoint: Path | None = None) -> None:
     """Trains the student's model in place for `steps` optimizer updates on examples [(prompt ids, target ids)].
+
+    checkpoint: a file that gets what a stopped training needs to go on, every --save-minutes. If it is there and is of a
+    training with the same arguments, this one goes on from it: the result is the same to the bit. ValueError if the loss
+    is not finite.
 
     A step takes several small batches because each holds texts of alike length. In a step of one batch, the tokens of a
     short text are divided by few others: the tag of a program weighs more than that of a Chain of Thought, which
@@ -214,20 +255,31 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
         decay = (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1 - step / steps
         return min(1, (step + 1) / args.warmup) * decay
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    batches = make_batches(examples, args.batch_size, seed)
-    started, n_tokens = time.time(), 0
+    training = hashlib.sha256(repr((name, seed, steps, examples)).encode()).hexdigest()
+    done = load_checkpoint(checkpoint, training, trained, optimizer) if agree(checkpoint and checkpoint.is_file()) else 0
+    batches = islice(make_batches(examples, args.batch_size, seed), done * args.accumulation, None)
+    started, saved, n_tokens = time.time(), time.time(), 0
     try:
-        with tqdm(total=steps, desc=name, unit="step", disable=None, leave=False) as bar:
-            for step in range(1, steps + 1):
-                parts = [collate(batch) for batch in islice(batches, args.accumulation)]
+        with tqdm(total=steps, initial=done, desc=name, unit="step", disable=True if RANK else None, leave=False) as bar:
+            for step in range(done + 1, steps + 1):
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * share_of_peak(step - 1)
+                chosen = list(islice(batches, args.accumulation))
+                parts = [collate(batch) for batch in chosen]
                 loss = add_gradients(model, parts, dtype, args.device, room)
+                if not loss.isfinite():
+                    raise ValueError(f"{name}: the loss of step {step} of {steps} is {loss.item()}, at a learning rate of "
+                                     f"{group['lr']:.1e}; its batches begin with "
+                                     + ", ".join(repr(student.tokenizer.decode(batch[0][0])[:50]) for batch in chosen))
                 n_tokens += sum(tokens.numel() for tokens, _ in parts)
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-                schedule.step()
                 bar.update()
+                if checkpoint and RANK == 0 and step < steps and time.time() - saved >= 60 * args.save_minutes:
+                    state = {"training": training, "step": step, "weights": trained, "optimizer": optimizer.state_dict()}
+                    write_beside(checkpoint, lambda path: torch.save(state, path))
+                    saved = time.time()
                 if step % max(1, steps // 4) == 0:
                     seconds = time.time() - started
                     tqdm.write(f"{name}: step {step}/{steps}, loss {loss.item():.3f}, "
@@ -240,6 +292,18 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
         model.zero_grad()
 
 
+def load_checkpoint(path: Path, training: str, trained, optimizer) -> int:
+    """Puts the state of a stopped training in place; returns the steps it has done, 0 if it was another training."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["training"] != training:
+        return 0
+    with torch.no_grad():
+        for parameter, weight in zip(trained, state["weights"], strict=True):
+            parameter.copy_(weight)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the run folder
 
@@ -248,16 +312,14 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
 def progress(total: int, name: str):
     """A bar on a terminal, one plain line elsewhere; yields the function that moves it."""
     started = time.time()
-    with tqdm(total=total, desc=name, unit="text", disable=None, leave=False) as bar:
-        yield bar.update
+    with tqdm(total=total, desc=name, unit="text", disable=True if RANK else None, leave=False) as bar:
+        yield lambda count: bar.update(count * WORLD)  # the others are about as far
     tqdm.write(f"{name}: {total:,} texts, {time.time() - started:.0f} s")
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a stop in the middle leaves the old file or the new one, never half of one."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    if RANK == 0:
+        write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_rationales(path: Path, rationales) -> None:
@@ -265,11 +327,15 @@ def write_rationales(path: Path, rationales) -> None:
 
 
 class RunFolder:
-    """args.json, metrics.jsonl, and a folder per trained model. Opening the folder of an earlier run goes on with it."""
+    """args.json, metrics.jsonl, and a folder per trained model. Opening the folder of an earlier run goes on with it.
+
+    While a model is made, two more files hold what is finished of it, seed-S/RUN.stages.jsonl and seed-S/RUN.pt.
+    """
 
     def __init__(self, args):
         self.path = args.out
         self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.path / "lock") if RANK == 0 else None
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         for path in sorted(args.data.glob("*.jsonl")):  # data that changed gives other numbers, as a changed flag does
             settings[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -277,8 +343,8 @@ class RunFolder:
         self.metrics = []
         if (self.path / "metrics.jsonl").is_file():
             self.metrics = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        if self.metrics:
-            free = ("iters", "seeds", "compare", "out", "device", "rows")  # these may grow or change from run to run
+        if self.metrics or any(file for kind in ("pt", "stages.jsonl") for file in self.path.glob(f"seed-*/*.{kind}")):
+            free = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes")  # may change from run to run
             before = json.loads(file.read_text())
             changed = [name for name in before | settings if name not in free and settings.get(name) != before.get(name)]
             if changed:
@@ -294,13 +360,37 @@ class RunFolder:
     def find(self, **wanted) -> list[dict]:
         return [line for line in self.metrics if all(line[name] == value for name, value in wanted.items())]
 
-    def add(self, student: Student, seed: int, run: str, result: siked.Iteration, steps: int, seconds: float):
-        """Saves a trained model with its texts, then its metrics: a model whose metrics are there is complete.
+    def unfinished(self, seed: int, run: str, kind: str) -> Path:
+        """The file with what is finished of the model that is being made: kind "stages.jsonl" or "pt"."""
+        return self.path / f"seed-{seed}" / f"{run}.{kind}"
+
+    def stages(self, seed: int, run: str):
+        """The `stage` of siked.siked: keeps what each stage of the work gave, as a line of JSON, until the model is done."""
+        path, kept = self.unfinished(seed, run, "stages.jsonl"), {}
+        path.parent.mkdir(exist_ok=True)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                kept |= json.loads(line)
+            except ValueError:  # a kill left half of it
+                pass
+
+        def stage(name, compute):
+            value = agree(kept.get(name))
+            if value is None:
+                value = compute()
+                if RANK == 0:
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write("\n" + json.dumps({name: value}))  # not behind half a line
+            return value
+
+        return stage
+
+    def add(self, seed: int, run: str, result: siked.Iteration, steps: int, seconds: float):
+        """Writes a trained model's texts, then its metrics: a model whose metrics are there is complete.
 
         steps: optimizer updates since --model, those of the models that this one comes from included.
         """
         folder = self.model_folder(seed, run, result.number)
-        student.save(folder)
         write_rationales(folder / "self.jsonl", result.generated)
         write_rationales(folder / "mix.jsonl", result.training_mix)
         replaced = self.find(seed=seed, run=run, iteration=result.number)
@@ -308,6 +398,22 @@ class RunFolder:
         self.metrics += [{"seed": seed, "run": run, "iteration": result.number, "set": name, **measures, **result.figure_2,
                           "steps": steps, "seconds": round(seconds, 1)} for name, measures in result.measures.items()]
         write_file(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.metrics))
+        if RANK == 0:
+            for kind in ("stages.jsonl", "pt"):
+                self.unfinished(seed, run, kind).unlink(missing_ok=True)
+
+
+def lock(path: Path):
+    """Opens and locks a file, until this process ends. ValueError if another process has it."""
+    file = path.open("w")
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError as error:
+        raise ValueError(f"--out {path.parent}: another train.py is at work there ({error.strerror})") from None
+    return file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,29 +464,46 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
         first, steps = done[-1]["iteration"] + 1, done[-1]["steps"]
         previous = folder.model_folder(seed, done[-1]["run"], done[-1]["iteration"])
 
+    stage = folder.stages(seed, run)
+
     def train_on(student, rationales, iteration, size):
+        """Trains the student and saves it, or loads it if that was done before the run was stopped."""
+        path = folder.model_folder(seed, run, iteration)
+        steps = stage(f"{iteration}: train", lambda: train_and_save(student, rationales, iteration, size, path))
+        student.model = Decoder.from_pretrained(path, device=args.device)
+        return steps
+
+    def train_and_save(student, rationales, iteration, size, path):
         examples = [(student.prompt(by_id[r.id]), student.target(r)) for r in rationales]
         fitting = [e for e in examples if len(e[0]) + len(e[1]) <= args.max_length]
         if len(fitting) < len(examples):
             print(f"{run} {iteration}: {len(examples) - len(fitting)} of {len(examples)} examples are longer than "
                   f"--max-length {args.max_length} and left out")
-        if not fitting:
+        count = 0
+        if fitting:
+            size *= len(fitting) / len(examples)
+            count = total_steps or math.ceil(size * args.epochs / (args.batch_size * args.accumulation))
+            fine_tune(student, fitting, count, args, seed + iteration, f"{run} {iteration}",
+                      folder.unfinished(seed, run, "pt"))
+        elif run == "combined":
+            raise ValueError(f"{args.data / 'teacher.jsonl'}: of {len(teacher)} rationales none is right, finished "
+                             f"and within --max-length {args.max_length}: there is nothing to train on")
+        else:
             print(f"{run} {iteration}: nothing to train on, the weights stay as they are")
-            return 0
-        size *= len(fitting) / len(examples)
-        count = total_steps or math.ceil(size * args.epochs / (args.batch_size * args.accumulation))
-        fine_tune(student, fitting, count, args, seed + iteration, f"{run} {iteration}")
+        if RANK == 0:
+            student.save(path)
+        agree(None)  # the others wait until it is there
         return count
 
     if first <= iterations:
-        student = Student.load(previous, args.max_new_tokens, args.rows, getattr(torch, args.dtype), args.device)
+        student = SharingStudent.load(previous, args.max_new_tokens, args.rows, getattr(torch, args.dtype), args.device)
         check_lengths(student, [question for asked in (questions, *sets.values()) for question in asked])
         started = time.time()
         for result in siked.siked(student, questions, teacher, train_on, sets, mode=mode, adaptive_per=args.adaptive_per,
                                   iterations=iterations, samples=args.samples, keep=args.keep, first=first, seed=1000 * seed,
-                                  temperature=args.temperature, top_p=args.top_p, progress=progress):
+                                  temperature=args.temperature, top_p=args.top_p, progress=progress, stage=stage):
             steps += result.steps
-            folder.add(student, seed, run, result, steps, time.time() - started)
+            folder.add(seed, run, result, steps, time.time() - started)
             print_iteration(run, result, questions)
             started = time.time()
     return steps
@@ -402,6 +525,12 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def count_reasons(rationales) -> str:
+    """How the programs among these ended, in evaluate_program's words; "ok": with a number, right or wrong."""
+    reasons = Counter(evaluate_program(r.text)[1] for r in rationales if r.strategy == "pot")
+    return "programs: " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+
+
 def print_iteration(run: str, result: siked.Iteration, questions) -> None:
     """The table row per strategy, and one question that the student solved in one strategy and not in another."""
     test, mixed = result.measures["test"], siked.count_strategies(result.training_mix)
@@ -415,6 +544,8 @@ def print_iteration(run: str, result: siked.Iteration, questions) -> None:
         "from teacher": from_teacher[s], "share of mix": mixed[s] / max(len(result.training_mix), 1),
         "share of answers": test["share"][s], "accuracy of these": test["accuracy_within"][s],
         "accuracy if forced": test["forced"][s]} for s in STRATEGIES]))
+    if result.generated:
+        print(f"generated {count_reasons(result.generated)}")
     for kind, measures in test["kinds"].items():
         print(f"{kind}: {100 * measures['accuracy']:.1f}, forced " + ", ".join(
             f"{s} {100 * accuracy:.1f}" for s, accuracy in measures["forced"].items()))
@@ -464,14 +595,22 @@ def write_report(folder: RunFolder) -> None:
 
 def main() -> None:
     args = parse_args()
+    if WORLD > 1:
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        # A long wait is no fault: one process may write longer texts than another. A dead one ends the others at once.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=1))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
     folder = RunFolder(args)
     if args.preset:
         print(f"--preset {args.preset}: " + ", ".join(f"{name} {getattr(args, name)}" for name in PAPER))
     for seed in range(args.seed, args.seed + args.seeds):
         data = read_data(args.data, args.held_out, seed)
         questions, teacher, sets = data
-        print(f"seed {seed}: {len(questions)} training questions, {len(teacher)} teacher rationales; to evaluate on: "
-              + ", ".join(f"{name} {len(asked)}" for name, asked in sets.items()))
+        print(f"seed {seed}: {len(questions)} training questions, {len(teacher)} teacher rationales ({count_reasons(teacher)}); "
+              "to evaluate on: " + ", ".join(f"{name} {len(asked)}" for name, asked in sets.items()))
         follow("combined", args, data, folder, seed, mode="all", iterations=0)
         modes = dict.fromkeys(("all", "adaptive", "self", args.mix) if args.compare else (args.mix,))
         steps = {mode: follow(f"siked-{mode}" if mode in ("all", "adaptive") else f"{mode}-only", args, data, folder, seed,
@@ -490,3 +629,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -8,9 +8,12 @@ What must be refused is tried in this process (still the whole file, as `python 
 for each bad flag would take longer than all the rest.
 """
 import json
+import os
+import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -84,10 +87,10 @@ def student(tmp_path_factory, data):
     return folder
 
 
-def start(out, *flags) -> subprocess.Popen:
+def start(out, *flags, launcher=(sys.executable,), **how) -> subprocess.Popen:
     """The command, from another folder than the repository's, as a user may."""
-    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *map(str, flags)]
-    return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*launcher, str(ROOT / "train.py"), "--out", str(out), *map(str, flags)]
+    return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
 def finish(process) -> str:
@@ -137,7 +140,7 @@ def test_embedded_student_and_data(tmp_path):
 def test_run_folder_holds_what_is_promised(run, student):
     """args.json, metrics.jsonl, report.md, and a folder per trained model, complete and in the student's format."""
     out, _ = run
-    assert {path.name for path in out.iterdir()} == {"args.json", "metrics.jsonl", "report.md", "seed-0"}
+    assert {path.name for path in out.iterdir()} == {"args.json", "metrics.jsonl", "report.md", "seed-0", "lock"}
     args = json.loads((out / "args.json").read_text())
     assert args["iters"] == 1 and args["lr"] == 1e-2 and args["mix"] == "all" and args["seed"] == 0
     folders = sorted((out / "seed-0").iterdir())
@@ -222,24 +225,121 @@ def test_running_again_trains_nothing(run, student, data):
     assert "loss" not in again and table_of(again) == table_of(printed)
 
 
+def same_result(out, other) -> bool:
+    """The same weights, texts and metrics, the time aside; and nothing unfinished is left."""
+    names = [{path.relative_to(folder) for path in (folder / "seed-0").rglob("*") if path.is_file()} for folder in (out, other)]
+    return (names[0] == names[1] and metrics_without_seconds(out) == metrics_without_seconds(other)
+            and all((out / name).read_bytes() == (other / name).read_bytes() for name in names[0]))
+
+
 def test_killed_run_goes_on_to_the_same_result(run, student, data, tmp_path):
-    """Pitfall 17: killed without warning after the first model and started again, the run ends as the undisturbed one did:
-    the same texts, weights and metrics, the time aside."""
+    """Pitfall 17: killed three times without warning, at any moment, and started again, the run ends as the undisturbed one
+    did. Here it keeps a checkpoint after every step."""
     undisturbed, printed = run
-    out = tmp_path / "out"
-    process = start(out, "--model", student, "--data", data, *FLAGS)
-    while not (out / "metrics.jsonl").is_file():
+    out, flags = tmp_path / "out", ["--model", student, "--data", data, *FLAGS, "--save-minutes", "0"]
+    started = time.time()
+    finish(start(tmp_path / "whole", *flags))
+    seconds, rng, n_killed = time.time() - started, random.Random(), 0
+    while n_killed < 3:
+        process = start(out, *flags)
+        time.sleep(rng.uniform(0.3, 0.9) * seconds)
+        n_killed += process.poll() is None
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:  # it came to its end before
+            shutil.rmtree(out)
+    assert table_of(finish(start(out, *flags))) == table_of(printed)
+    assert same_result(out, undisturbed)
+
+
+@pytest.mark.parametrize("stage", ["train", "self-generate", "evaluate"])
+def test_killed_in_every_stage(run, student, data, tmp_path, stage):
+    """As above, at the moments that a random one may miss: just after each stage has been written down."""
+    out, flags = tmp_path / "out", ["--model", student, "--data", data, *FLAGS, "--save-minutes", "0"]
+    process = start(out, *flags)
+    while not any(stage in path.read_text() for path in out.glob("seed-0/siked-all.stages.jsonl")):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert len(read_lines(out / "metrics.jsonl")) == len(SETS), "the case should be stopped between the two models"
-    resumed = finish(start(out, "--model", student, "--data", data, *FLAGS))
-    assert metrics_without_seconds(out) == metrics_without_seconds(undisturbed)
-    for name in ("self.jsonl", "mix.jsonl", "model.safetensors"):
-        model = "seed-0/siked-all-1"
-        assert (out / model / name).read_bytes() == (undisturbed / model / name).read_bytes(), name
-    assert table_of(resumed) == table_of(printed)
+    resumed = finish(start(out, *flags))
+    assert same_result(out, run[0])
+    assert ("loss" not in resumed) == (stage != "self-generate"), "what is trained is not trained again"
+
+
+def test_interrupted_run_says_how_to_go_on(student, data, tmp_path):
+    """Ctrl-C: one line, and exit code 130, as shells have it."""
+    out = tmp_path / "out"
+    process = start(out, "--model", student, "--data", data, *FLAGS, "--save-minutes", "0")
+    while not (out / "seed-0/combined.pt").exists():
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "train.py: stopped; the same command goes on from here\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SHARED = ["--batch-size", "3", "--accumulation", "2", "--samples", "3"]  # so that there is something to share
+
+
+@pytest.fixture(scope="module")
+def alone(student, data, tmp_path_factory):
+    """The run folder of one process that does the work which is shared below."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    finish(start(out, "--model", student, "--data", data, *FLAGS, *SHARED))
+    return out
+
+
+def test_two_processes_do_the_work_of_one(alone, student, data, tmp_path):
+    """The same texts token by token, and the same metrics, though gradients are summed in another order."""
+    out = tmp_path / "out"
+    process = start(out, "--model", student, "--data", data, *FLAGS, *SHARED, launcher=TORCHRUN)
+    printed, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert printed.count("All models") == 1, "one of them speaks"
+    assert (out / "seed-0/siked-all-1/self.jsonl").read_bytes() == (alone / "seed-0/siked-all-1/self.jsonl").read_bytes()
+    assert metrics_without_seconds(out) == metrics_without_seconds(alone)
+
+
+def test_losses_of_two_processes_are_those_of_one(student, data, tmp_path):
+    """Each step's loss, within 1e-5; and the two processes keep the same weights to the bit."""
+    script = tmp_path / "losses.py"
+    script.write_text(f"""import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+losses, add_gradients = [], train.add_gradients
+train.add_gradients = lambda *args: losses.append(add_gradients(*args)) or losses[-1]
+sys.argv += ["--out", "out-" + str(train.WORLD)]
+train.main()
+weights = torch.cat([p.flatten() for p in train.Decoder.from_pretrained(f"out-{{train.WORLD}}/seed-0/combined").parameters()])
+torch.save(([float(loss) for loss in losses], weights), f"losses-{{train.WORLD}}-{{train.RANK}}.pt")
+""")
+    flags = ["--model", student, "--data", data, *FLAGS, *SHARED, "--iters", "0", "--lr", "1e-3"]
+    for launcher in ((sys.executable,), TORCHRUN):
+        subprocess.run([*launcher, str(script), *map(str, flags)], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    (one, _), (first, weights), (second, others) = (torch.load(tmp_path / f"losses-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert len(one) == 60 and first == second and one[0] > 2 * one[-1]
+    assert max(abs(a - b) for a, b in zip(one, first, strict=True)) < 1e-5
+
+
+def test_death_of_one_process_ends_the_other_and_the_run_resumes(alone, student, data, tmp_path):
+    out, flags = tmp_path / "out", ["--model", student, "--data", data, *FLAGS, *SHARED, "--save-minutes", "0"]
+    process = start(out, *flags, launcher=TORCHRUN, start_new_session=True)
+    while not (out / "seed-0/combined.pt").exists():
+        assert process.poll() is None, process.communicate()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    process = start(out, *flags, launcher=TORCHRUN)
+    printed, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert metrics_without_seconds(out) == metrics_without_seconds(alone)
 
 
 def test_compare_runs_everything_that_siked_is_compared_with(run, student, data, tmp_path):
@@ -393,6 +493,78 @@ def test_unusable_student_is_named(refused, student, data, tmp_path, break_it, n
     break_it(folder)
     said = refused("--model", folder, "--data", data, *FLAGS)
     assert named in said and str(folder) in said
+
+
+def test_nan_in_a_checkpoint_is_named(refused, student, data, tmp_path):
+    """One number is enough to spoil every text."""
+    folder = tmp_path / "student"
+    shutil.copytree(student, folder)
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    for value in (torch.nan, torch.inf):
+        tensors["model.norm.weight"][3] = value
+        save_file(tensors, folder / "model.safetensors")
+        said = refused("--model", folder, "--data", data, *FLAGS)
+        assert "model.norm.weight" in said and str(folder) in said
+
+
+def test_questions_longer_than_the_context_are_refused_at_once(refused, student, copy_of):
+    line = json.dumps({"id": "x", "question": "long " * 1000, "answer": "2"})
+    said = refused("--model", student, "--data", copy_of("train", lambda lines: [*lines, line]), *FLAGS)
+    assert "longest question" in said and "512 positions" in said
+
+
+def test_endless_line_is_named(refused, student, data, tmp_path):
+    """A file without line breaks, 200 MB of it: refused without being read whole."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    with (folder / "train.jsonl").open("r+b") as file:
+        file.seek(0, 2)
+        file.write(b'{"id": "x", "question": "')
+        file.seek(200_000_000, 1)  # a hole, which reads as NUL bytes
+        file.write(b'", "answer": "2"}\n')
+    said = refused("--model", student, "--data", folder, *FLAGS)
+    assert "train.jsonl" in said and re.search(r"line 4\b", said) and "longer than" in said
+
+
+def test_half_of_a_character_is_named(refused, student, copy_of):
+    """A surrogate without the other can neither be tokenized nor written."""
+    line = r'{"id": "x", "question": "1 + 1\ud83d?", "answer": "2"}'
+    said = refused("--model", student, "--data", copy_of("train", lambda lines: [lines[0], line, *lines[1:]]), *FLAGS)
+    assert "train.jsonl" in said and re.search(r"line 2\b", said) and "surrogate" in said
+
+
+def test_nul_in_a_text_is_a_character_like_others(student, copy_of, tmp_path):
+    """And so is one of four bytes."""
+    folder = copy_of("train", lambda lines: [lines[0].replace('"question": "', r'"question": "\u0000\ud83d\ude00 '), *lines[1:]])
+    out = tmp_path / "out"
+    finish(start(out, "--model", student, "--data", folder, *FLAGS, "--epochs", "1"))
+    assert len(read_lines(out / "seed-0/siked-all-1/self.jsonl")) == 2 * 3 * 2
+
+
+def test_read_only_folder_is_named(refused, student, data):
+    """/sys takes no folders, not even of the administrator."""
+    if not Path("/sys").is_dir():
+        pytest.skip("needs /sys")
+    assert "/sys/siked-out" in refused("--model", student, "--data", data, "--out", "/sys/siked-out", *FLAGS)
+
+
+@pytest.mark.parametrize("name, kilobytes, more", [
+    ("siked-all.pt", 500, ["--save-minutes", "0"]), ("siked-all-1/model.safetensors", 100, []), ("args.json", 0, [])])
+def test_full_disk(run, student, data, tmp_path, name, kilobytes, more):
+    """Stood for by a limit on the size of files: one line names the file that could not be written, what was there before
+    stays as it was, and with room again the run goes on."""
+    resource = pytest.importorskip("resource")
+    out, flags = tmp_path / "out", ["--model", student, "--data", data, *FLAGS, *more]
+    finish(start(out, *flags, "--iters", "0"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    process = start(out, *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, -1)))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and len(said.splitlines()) == 1
+    assert f"{name} cannot be written" in said
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {"args.json"} and not list(out.rglob("*.part"))  # its --iters was raised
+    finish(start(out, *flags))
+    assert same_result(out, run[0])
 
 
 def test_out_that_is_a_file_is_named(refused, student, data, tmp_path):

@@ -4,14 +4,18 @@ The training loop, the run folder and what is printed, on tiny random decoders w
 all. What the command does as a whole is in test_main.py.
 """
 import copy
+import dataclasses
 import json
 import math
 import random
 import re
+import subprocess
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +30,7 @@ from siked import STRATEGIES, Question, Rationale, Student, read_rationales
 from train import (IGNORE, RunFolder, collate, fine_tune, format_table, make_batches, output_loss, parse_args, read_data,
                    write_file)
 
+ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = [Question(f"q{i}", f"What is {i} + {2 * i}?" + " Tell me." * (i % 4), Fraction(3 * i)) for i in range(12)]
 TEACHER = [Rationale(q.id, strategy, text) for i, q in enumerate(QUESTIONS) for strategy, text in [
     ("cot", f"{i} + {2 * i} = {3 * i}. Final answer: {3 * i}"), ("l2m", f"What is added? {2 * i}. Final answer: {3 * i}"),
@@ -57,7 +62,7 @@ def ragged_examples(count, seed=0):
 def settings(**changed) -> Namespace:
     return Namespace(**({"lr": 1e-2, "warmup": 1, "weight_decay": 0.01, "batch_size": 4, "accumulation": 1,
                          "device": "cpu", "dtype": "float32", "lora": 0, "lora_alpha": 32, "cosine": False,
-                         "checkpointing": False} | changed))
+                         "checkpointing": False, "save_minutes": 0} | changed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +390,69 @@ def test_model_can_be_used_by_others_afterwards(lora, interrupted, monkeypatch):
     optimizer.step()
 
 
+@contextmanager
+def stopped_in_step(number):
+    """Ctrl-C in the middle of the optimizer step of this number."""
+    steps = []
+
+    def count(*_):
+        steps.append(1)
+        if len(steps) == number:
+            raise KeyboardInterrupt
+
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_stopped_training_goes_on_to_the_same_weights(lora, tmp_path):
+    """Pitfall 17: stopped in step 6 of 9 and again in the fourth after that, it ends as if nothing had happened."""
+    def trained(name, *stops):
+        for number in stops:
+            with stopped_in_step(number):
+                trained(name)
+        student = tiny_student()
+        fine_tune(student, ragged_examples(20), 9, settings(lora=lora, accumulation=2, lr=1e-2), 3, "test", tmp_path / name)
+        return [p.detach() for p in student.model.parameters()]
+
+    wanted = trained("undisturbed")
+    with Recorder() as record:
+        resumed = trained("stopped", 6, 3)
+    assert len(record.steps) == 6 + 3 + 2, "no step is taken twice, but those that were not finished"
+    assert all(torch.equal(a, b) for a, b in zip(wanted, resumed, strict=True))
+
+
+def test_checkpoint_of_another_training_is_ignored(tmp_path):
+    path = tmp_path / "checkpoint"
+    with stopped_in_step(6):
+        fine_tune(tiny_student(), ragged_examples(20), 9, settings(), 3, "test", path)
+    for seed, examples, steps in ((4, 20, 9), (3, 19, 9), (3, 20, 8)):
+        with Recorder() as record:
+            fine_tune(tiny_student(), ragged_examples(examples), steps, settings(save_minutes=9), seed, "test", path)
+        assert len(record.steps) == steps
+
+
+def test_failed_checkpoint_names_its_file(tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        fine_tune(tiny_student(), ragged_examples(20), 3, settings(), 0, "test", tmp_path / "absent/checkpoint")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_the_training(value, tmp_path):
+    """By step and batch, before it gets into the weights or the checkpoint."""
+    student, examples = tiny_student(), ragged_examples(4)
+    with torch.no_grad():
+        student.model.model.embed_tokens.weight[examples[0][0][0]] = value
+    with pytest.raises(ValueError, match="test: the loss of step 1 of 3 is nan.*begin with '"):
+        fine_tune(student, examples, 3, settings(), 0, "test", tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+    assert student.model.model.norm.weight.isfinite().all()
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_bfloat16_gradients_are_those_of_float32_but_for_rounding(lora):
     examples, gradients = ragged_examples(8), []
@@ -464,10 +532,10 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(train.os, "replace", fail)
-    with pytest.raises(OSError):
+    monkeypatch.setattr("model.os.replace", fail)
+    with pytest.raises(OSError, match=f"{path} cannot be written: no space"):
         write_file(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
     monkeypatch.undo()
     write_file(path, "new")
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -587,6 +655,52 @@ def test_run_folder_goes_on_with_the_same_settings(tmp_path):
     folder = RunFolder(parse_args(flags(tmp_path, "--iters", "2", "--seeds", "3", "--compare", "--rows", "7")))
     assert folder.metrics == [{"run": "combined"}]
     assert json.loads((tmp_path / "out/args.json").read_text())["iters"] == 2
+
+
+def test_unfinished_work_is_of_the_same_settings_too(tmp_path):
+    """Before the first model is finished there are no metrics, but perhaps a day's training."""
+    folder = RunFolder(parse_args(flags(tmp_path)))
+    folder.stages(0, "combined")("1: train", lambda: 5)
+    with pytest.raises(ValueError, match="--lr was 0.002, is 0.5"):
+        RunFolder(parse_args(flags(tmp_path, "--lr", "0.5")))
+
+
+def test_stages_are_computed_once(tmp_path):
+    """Whatever a kill has left of the file, what was written whole is not computed again."""
+    folder = RunFolder(parse_args(flags(tmp_path)))
+    value, path = {"texts": [["a\n\u2028\x00", True]], "share": 0.1}, folder.unfinished(0, "combined", "stages.jsonl")
+    assert folder.stages(0, "combined")("one", lambda: value) == value
+    with path.open("a") as file:
+        file.write('\n{"two": [1, 2')  # half a line
+    assert folder.stages(0, "combined")("two", lambda: [3]) == [3]
+    stage = folder.stages(0, "combined")
+    assert [stage(name, lambda: pytest.fail(name)) for name in ("one", "two")] == [value, [3]]
+    assert folder.stages(1, "combined")("one", lambda: 7) == folder.stages(0, "other")("one", lambda: 7) == 7
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    """They would write over each other's models."""
+    folder = RunFolder(parse_args(flags(tmp_path)))
+    code = "import sys, train; train.RunFolder(train.parse_args(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *flags(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and f"--out {tmp_path / 'out'}: another train.py is at work there" in done.stderr
+    folder.lock.close()
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def test_teacher_without_a_right_text_is_refused(tmp_path, monkeypatch):
+    arguments = flags(tmp_path)
+    train.write_rationales(tmp_path / "data/teacher.jsonl", [dataclasses.replace(r, text="Final answer: 1e9") for r in TEACHER])
+    with pytest.raises(ValueError, match="teacher.jsonl: of 33 rationales none is right"):
+        run_main(monkeypatch, arguments)
+
+
+def test_round_without_a_right_text_goes_on_with_the_teacher(tmp_path, monkeypatch, capsys):
+    """This student solves nothing: it says so, and the next round trains on the teacher's texts alone."""
+    lines = run_main(monkeypatch, flags(tmp_path))
+    assert "no correct text of the student's own" in capsys.readouterr().out
+    assert lines[-1]["iteration"] == 1 and lines[-1]["alpha"] == 1 and lines[-1]["steps"] == 2 * lines[0]["steps"]
 
 
 def test_mistyped_first_try_does_not_block_the_run_folder(tmp_path, monkeypatch):
