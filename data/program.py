@@ -13,7 +13,8 @@ Promised, for every text:
   signal or thread, so the verdict is the same on a slow machine, on every system and in a worker thread.
 - Nothing is raised, and there is no half result: a number needs a program that ran to its end.
 - Where Python gives a number, this is the same number or none (equations: sympy's number, as an exact Fraction).
-  One exception: generators, zip, map and filter are computed at once, and do not see a later change of their source.
+  Two exceptions: generators, zip, map, filter, enumerate and reversed are computed at once, so that they do not see a
+  later change of their source, and functions that they call are called for every element; and a set has its own order.
 Not promised: all of Python (what is unknown is refused, not guessed); safety from bugs in CPython's own parser, or in a
 thread with a stack below 512 kB; the last word on a deep recursion: it is "budget" if the caller is deep in the stack.
 
@@ -22,6 +23,7 @@ Read it from both ends: evaluate_program says what is done, the tables at the en
 
 import ast
 import builtins
+import gc
 import math
 import operator
 import re
@@ -65,10 +67,9 @@ def evaluate_program(source):
     "bug"        this evaluator failed, not the program. As nothing may be raised, it is printed to stderr and has its
                  own reason, so that a caller can stop there instead of scoring the rationale as wrong.
     """
+    interpreter = Interpreter()
     try:
-        tree = parse(source)
-        interpreter = Interpreter(tree)
-        interpreter.block(tree.body)
+        interpreter.run(parse(source))
         value = interpreter.module.names.get("answer")
     except Stop as stop:
         return None, str(stop)
@@ -79,6 +80,10 @@ def evaluate_program(source):
     except Exception as error:
         print(f"data/program.py: a bug, please report this program: {error!r}\n{source}", file=sys.stderr)
         return None, "bug"
+    finally:  # a function and its scope hold each other, and Python's own collector may be in no hurry
+        interpreter.module.names.clear()
+        if interpreter.steps < STEPS - 20_000:
+            gc.collect()
     # Exact types, for True is not 1. The comparison is False for NaN and infinity.
     if type(value) not in (int, float, Fraction) or not abs(value) <= sys.float_info.max:
         return None, "no answer"
@@ -134,18 +139,21 @@ def annotate(tree):
 # ---- Values ----
 
 Linear = make_dataclass("Linear", ["terms"], frozen=True)  # 2x - 3: (("", -3), ("x", 2)), the constant under ""
-Module = make_dataclass("Module", ["names"], eq=False)
-Builtin = make_dataclass("Builtin", ["run"], eq=False)  # a function of this file: (interpreter, *arguments)
-Function = make_dataclass("Function", ["node", "defaults", "scope"], eq=False)  # of the program, and where it stood
-Scope = make_dataclass("Scope", ["node", "outer", "names"], eq=False)  # the names of a module, call or comprehension
+Equation = make_dataclass("Equation", ["left", "right"], frozen=True)
+# Without a text: Python puts that of any value into some of its errors, and here it would be that of all names in reach.
+Module = make_dataclass("Module", ["names"], eq=False, repr=False)
+Builtin = make_dataclass("Builtin", ["run"], eq=False, repr=False)  # a function of this file: (interpreter, *arguments)
+Function = make_dataclass("Function", ["node", "defaults", "scope"], eq=False, repr=False)  # and the scope where it stood
+Scope = make_dataclass("Scope", ["node", "outer", "names"], eq=False, repr=False)  # of a module, call or comprehension
 Iterator = type(iter([]))  # from zip, map, a generator ...: computed at once, but consumed once
 
 NUMBERS = {int, float, bool, Fraction}
 EXACT = {int, Fraction}
 PLAIN = {int, float, bool, str, type(None)}
-CONTAINERS = {list, tuple, set, dict, type({}.keys()), type({}.values()), type({}.items())}
+VIEWS = {type({}.keys()), type({}.values()), type({}.items())}
+CONTAINERS = {list, tuple, set, dict, *VIEWS}
 ITERABLES = {str, range, Iterator, *CONTAINERS}
-UNPRINTABLE = {set, Iterator, Module, Builtin, Function}  # their text differs from run to run
+UNPRINTABLE = {set, Iterator, Module, Builtin, Function, Linear, Equation}  # their text is not Python's, or differs by run
 VALUES = {Fraction, Linear, *PLAIN, *ITERABLES, *UNPRINTABLE}
 # Python's own operations raise these for a mistake in the program. Any other exception is a bug of this file.
 HOST_ERRORS = (ArithmeticError, LookupError, StopIteration, TypeError, ValueError)
@@ -165,16 +173,20 @@ def bits(*values):
 class Interpreter:
     """One run of a program: the budget that is left and the scope of names."""
 
-    def __init__(self, tree):
+    def __init__(self):
         self.steps = STEPS
         self.calls = 0
-        self.scope = self.module = Scope(tree, None, {})
+        self.scope = self.module = Scope(None, None, {})
         self.returned = None  # the value of the last `return`
+
+    def run(self, tree):
+        self.module.node = tree
+        self.block(tree.body)
 
     # The budget, and Python's own operations under it
 
     def pay(self, steps):
-        self.steps -= steps
+        self.steps -= max(0, steps)
         if self.steps < 0:
             raise Stop("budget")
 
@@ -201,10 +213,13 @@ class Interpreter:
                 raise Stop("budget")
             if kind is str:
                 self.pay(len(value) // 8)
+            elif kind in EXACT:
+                self.pay(bits(value) // 64)
             elif kind is range:
                 self.pay(self.apply(len, value))
-            elif kind in CONTAINERS or kind is Linear:
-                items = value.terms if kind is Linear else value.items() if kind is dict else value
+            elif kind in CONTAINERS or kind in (Linear, Equation):
+                items = value.terms if kind is Linear else (value.left, value.right) if kind is Equation else value
+                items = value.items() if kind is dict else items
                 self.pay(len(items) + 1)
                 todo.extend((item, depth + 1) for item in items)
 
@@ -212,6 +227,8 @@ class Interpreter:
         """function(*args, **keywords) for one of Python's own operations: the arguments are paid for, the growth is
         bounded, and the result is checked, so that nothing outside our closed set of values gets in."""
         self.pay(1)
+        if function in INDEXED:  # the solution of an equation may be an index, as in sympy
+            args = [whole(value) if type(value) is Fraction else value for value in args]
         free = function in FREE
         if not free and not NUMBERS.issuperset(map(type, args)):
             self.weigh(*args, *keywords.values())
@@ -226,9 +243,12 @@ class Interpreter:
         kind = type(result)
         if kind not in VALUES:
             raise Stop("refused")  # such as the complex number (-8) ** 0.5
-        if kind in EXACT:
-            self.pay_bits(bits(result))
-        elif not free and (kind is str or kind in CONTAINERS):
+        if kind is range:
+            self.pay_bits(20 * bits(result.start, result.stop, result.step))  # its numbers are made without being paid for
+        for part in result if function is divmod else [result]:
+            if type(part) in EXACT:
+                self.pay_bits(bits(part))
+        if not free and (kind is str or kind in CONTAINERS):
             self.pay_size(len(result), per_step=8 if kind is str else 1)
         return result
 
@@ -236,9 +256,10 @@ class Interpreter:
         """Yield the elements one by one, a step for each: `for i in range(10 ** 15)` may leave early."""
         if type(values) not in ITERABLES:
             raise ProgramError("not iterable")
-        if type(values) is set and not all(type(value) in NUMBERS for value in values):
+        if type(values) is set:
             self.weigh(values)
-            values = sorted(values, key=repr)  # Python's own order differs from run to run
+            if not all(type(value) in NUMBERS for value in values):
+                values = sorted(values, key=repr)  # Python's own order differs from run to run
         for value in values:
             self.pay(1)
             yield value
@@ -251,12 +272,15 @@ class Interpreter:
 
     def key(self, value):
         """`value`, if it may be a dict key or in a set. Integers of more than 60 bits are refused: all multiples of
-        2**61 - 1 have the hash 0, and a set of them takes quadratic time."""
+        2**61 - 1 have the hash 0, and a set of them takes quadratic time; so are long tuples, of which many can be found
+        with one hash, and NaN, whose place depends on its address."""
+        size = 0  # bits
         for part in value if type(value) is tuple else [value]:
-            self.pay(1)
+            self.pay(1 + (len(part) // 8 if type(part) is str else 0))
+            size += 64 if type(part) is float else bits(part)
             if type(part) is Linear:
                 self.unknown(part)
-            elif type(part) not in PLAIN or bits(part) > 60:
+            elif type(part) not in PLAIN or bits(part) > 60 or size > 200 or part != part:
                 raise Stop("refused")
         return value
 
@@ -266,8 +290,8 @@ class Interpreter:
         """a + b, a ** b ...: `operation` is a function of the module operator."""
         if type(a) is Linear or type(b) is Linear:
             return self.combine(operation, a, b)
-        if operation is operator.mod and type(a) is str:
-            raise Stop("refused")  # formatting by "%", with widths without bound
+        if operation is operator.mod and type(a) is str or type(a) in VIEWS or type(b) in VIEWS:
+            raise Stop("refused")  # formatting by "%", with widths without bound; a set of what was not a key
         return self.apply(operation, a, b)
 
     def total(self, operation, values, start):
@@ -279,8 +303,12 @@ class Interpreter:
         if comparison in (ast.In, ast.NotIn):
             if type(b) in (dict, set):
                 found = self.key(a) in b
+            elif type(b) is range and type(a) is int:
+                found = a in b  # at once, however long it is
+            elif type(b) is Iterator:
+                found = any(self.apply(operator.eq, value, a) for value in self.each(b))  # the rest is not consumed
             else:
-                found = self.apply(operator.contains, self.listed(b) if type(b) is Iterator else b, a)
+                found = self.apply(operator.contains, b, a)
             return found is (comparison is ast.In)
         if comparison in (ast.Is, ast.IsNot):
             if a is not None and b is not None:
@@ -302,10 +330,12 @@ class Interpreter:
             self.key(index)
         self.apply(operator.setitem, container, index, value)
 
-    def sort(self, values, key=None, reverse=False):
+    def sort(self, values, /, *, key=None, reverse=False):
         values = self.listed(values)
         keys = values if key is None else [self.call(key, [value], {}) for value in values]
+        before = self.steps
         self.weigh(keys)
+        self.pay((before - self.steps) * len(keys).bit_length())  # so often each is compared
         return [values[i] for i in sorted(range(len(keys)), key=keys.__getitem__, reverse=bool(reverse))]
 
     def extreme(self, pick, values, *more, key=None, **default):
@@ -313,7 +343,28 @@ class Interpreter:
         values = [values, *more] if more else self.listed(values)
         if key is None or not values:
             return self.apply(pick, values, **default)
-        return self.sort(values, key, reverse=pick is max)[0]
+        better, best = (operator.gt if pick is max else operator.lt), None
+        for value in values:
+            found = self.call(key, [value], {}), value
+            if best is None or self.apply(better, found[0], best[0]):
+                best = found
+        return best[1]
+
+    def rows(self, lists):
+        """zip: one element of each in turn, so that one iterator may stand for several lists."""
+        iterators = [values if type(values) is Iterator else iter(self.listed(values)) for values in lists]
+        result = []
+        while iterators:
+            row = []
+            for iterator in iterators:
+                self.pay(1)
+                for value in iterator:
+                    row.append(value)
+                    break
+                else:
+                    return result
+            result.append(tuple(row))
+        return result
 
     def dictionary(self, values):
         pairs = [self.listed(pair) for pair in self.each(values.items() if type(values) is dict else values)]
@@ -328,9 +379,10 @@ class Interpreter:
             return self.show(value)
         if type(value) not in {str, *NUMBERS} or not FORMAT.fullmatch(spec):
             raise Stop("refused")
+        value = whole(value) if type(value) is Fraction else value
         return self.apply(format, float(value) if type(value) is Fraction else value, spec)
 
-    # Equations: linear ones, solved exactly. A symbol is a Linear, Eq(left, right) a pair
+    # Equations: linear ones, solved exactly. A symbol is a Linear, Eq(left, right) an Equation
 
     def unknown(self, symbol):
         """The name in a bare symbol."""
@@ -341,6 +393,7 @@ class Interpreter:
     def terms(self, value):
         """{unknown: coefficient} of a Linear or a number. The float 0.1 counts as 1/10, as in sympy."""
         if type(value) is Linear:
+            self.pay(2 * len(value.terms))
             return dict(value.terms)
         if type(value) not in NUMBERS:
             raise ProgramError("not a number")
@@ -358,15 +411,15 @@ class Interpreter:
         else:
             raise Stop("refused")
         terms = {name: value for name, value in terms.items() if value}
-        return Linear(tuple(sorted(terms.items()))) if set(terms) - {""} else whole(terms.get("", 0))
+        return Linear(tuple(sorted(terms.items()))) if set(terms) - {""} else Fraction(terms.get("", 0))
 
     def solve(self, equations, unknowns):
-        """{unknown: value} by Gauss-Jordan elimination; without one solution every value is None, as in solve_it."""
-        equations, unknowns = (x if type(x) is list else [x] for x in (equations, unknowns))
+        """{unknown: value} by Gauss-Jordan elimination; without a solution every value is None, as in solve_it."""
+        equations, unknowns = (x if type(x) in (list, tuple) else [x] for x in (equations, unknowns))
         names, rows = [self.unknown(symbol) for symbol in unknowns], []
         for equation in equations:
             self.pay(len(names))
-            left, right = equation if type(equation) is tuple else (equation, 0)
+            left, right = (equation.left, equation.right) if type(equation) is Equation else (equation, 0)
             terms = self.terms(self.combine(operator.sub, left, right))
             if set(terms) - {"", *names}:
                 raise Stop("refused")  # the solution would hold an unknown
@@ -374,7 +427,7 @@ class Interpreter:
         for i in range(len(names)):
             pivot = next((row for row in rows[i:] if row[i]), None)
             if pivot is None:
-                return dict.fromkeys(unknowns)
+                raise Stop("refused")  # the solution, if there is one, would hold an unknown
             rows.remove(pivot)
             pivot = [self.apply(operator.truediv, value, pivot[i]) for value in pivot]
             rows = [[self.apply(operator.sub, value, self.apply(operator.mul, row[i], step))
@@ -382,7 +435,7 @@ class Interpreter:
             rows.insert(i, pivot)
         if any(row[-1] for row in rows[len(names):]):
             return dict.fromkeys(unknowns)
-        return {symbol: whole(row[-1]) for symbol, row in zip(unknowns, rows)}
+        return {symbol: Fraction(row[-1]) for symbol, row in zip(unknowns, rows)}
 
     # Names and calls
 
@@ -390,10 +443,12 @@ class Interpreter:
         """The names of the scope that `name` belongs to."""
         scope = self.scope
         while scope.outer and (name not in scope.node.local or name in scope.node.declared):
+            self.pay(1)
             scope = self.module if scope.node.declared.get(name) is ast.Global else scope.outer
         return scope.names
 
     def assign(self, target, value):
+        self.pay(1)
         if type(target) is ast.Name:
             self.home(target.id)[target.id] = value
         elif type(target) is ast.Subscript:
@@ -423,6 +478,7 @@ class Interpreter:
             raise Stop("budget")
         node, caller = function.node, self.scope
         parameters = [parameter.arg for parameter in node.args.args]
+        self.pay(len(parameters))
         given = dict(zip(parameters, args))
         if len(args) > len(parameters) or given.keys() & keywords.keys() or keywords.keys() - set(parameters):
             raise ProgramError("arguments")
@@ -495,6 +551,8 @@ class Interpreter:
     def do_AugAssign(self, node):
         target = node.target
         place = [self.do(target.value), self.do(target.slice)] if type(target) is ast.Subscript else []  # found once
+        if place and type(place[1]) is slice:
+            raise Stop("refused")
         old, value = self.item(*place) if place else self.do(target), self.do(node.value)
         if type(old) is list and type(node.op) is ast.Add:
             old.extend(self.listed(value))  # in place: other names of this list see it
@@ -511,11 +569,15 @@ class Interpreter:
 
     def do_Import(self, node):
         for alias in node.names:
+            self.pay(1)
             path = f"{node.level * '.'}{node.module}.{alias.name}" if type(node) is ast.ImportFrom else alias.name
-            if path not in IMPORTS:
+            if path == "math.*":
+                self.scope.names.update(MATH)
+            elif path not in IMPORTS or type(node) is ast.Import and "." in path:
                 raise Stop("refused")
-            name = alias.asname or alias.name
-            self.home(name)[name] = IMPORTS[path]
+            else:
+                name = alias.asname or alias.name
+                self.home(name)[name] = IMPORTS[path]
 
     def do_Lambda(self, node):
         more = node.args
@@ -638,7 +700,7 @@ BITS = {
     pow: lambda a, b, modulus=None: bits(a) * abs(b) if modulus is None else bits(b) * bits(modulus),
     round: lambda number, ndigits=None: 4 * abs(ndigits or 0),
     math.comb: lambda n, k: min(k, n - k) * bits(n),
-    math.factorial: lambda n: n * bits(n),
+    math.factorial: lambda n: n * (bits(n) - 1) + 1,  # n! is at most ((n + 1) / 2) ** n
     math.gcd: bits,
     math.lcm: bits,
     math.perm: lambda n, k=None: abs(n if k is None else k) * bits(n),
@@ -653,13 +715,14 @@ SIZES = {
 # Others take no time to speak of, however large their arguments:
 FREE = {
     len, next, operator.getitem, operator.setitem, operator.length_hint,
-    list.append, dict.get, dict.items, dict.keys, dict.values,
+    list.append, list.pop, dict.get, dict.items, dict.keys, dict.values,
 }
+INDEXED = {range, round, operator.getitem, math.comb, math.factorial, math.gcd, math.isqrt, math.lcm, math.perm}
 FORMAT = re.compile(r"(.?[<>=^])?[-+ ]?0?\d{0,2}[,_]?(\.\d{1,2})?[deEfFgGs%]?")  # no width above 99
 
 
 def whole(number):
-    """A Fraction without denominator as int: the solution of an equation can be an index, as in sympy."""
+    """A Fraction without denominator as int."""
     return number.numerator if number.denominator == 1 else number
 
 
@@ -672,14 +735,13 @@ MATH_NAMES = """acos asin atan atan2 ceil comb cos degrees exp fabs factorial fl
 log10 log2 perm pow radians sin sqrt tan trunc"""
 MATH = {name: Builtin(host(getattr(math, name))) for name in MATH_NAMES.split()}
 MATH |= {"pi": math.pi, "e": math.e, "tau": math.tau, "inf": math.inf, "nan": math.nan}
-MATH["prod"] = Builtin(lambda m, values, start=1: m.total(operator.mul, values, start))
+MATH["prod"] = Builtin(lambda m, values, /, start=1: m.total(operator.mul, values, start))
 SYMPY = {
     "Symbol": Builtin(lambda m, name: Linear(((m.apply(operator.add, "symbol ", name), Fraction(1)),))),
-    "Eq": Builtin(lambda m, left, right: (left, right)),
+    "Eq": Builtin(lambda m, left, right: Equation(left, right)),
 }
 FRACTION = Builtin(lambda m, *numbers: m.apply(Fraction, *map(operator.pos, numbers)))
 IMPORTS = {"math": Module(MATH), "fractions.Fraction": FRACTION}
-IMPORTS["math.*"] = None  # binds the name "*": the names of math are built in anyway
 IMPORTS |= {f"math.{name}": value for name, value in MATH.items()}
 IMPORTS |= {f"sympy.{name}": value for name, value in SYMPY.items()}
 
@@ -688,37 +750,45 @@ BUILTINS = {**MATH, **SYMPY, "math": IMPORTS["math"], "__name__": "__main__"}
 HOST_BUILTINS = (abs, all, any, bool, divmod, float, int, len, next, pow, range, round)
 BUILTINS |= {function.__name__: Builtin(host(function)) for function in HOST_BUILTINS}
 BUILTINS |= {name: Builtin(run) for name, run in {
-    "dict": lambda m, values=(), **named: m.dictionary(values) | named,
-    "enumerate": lambda m, values, start=0: iter(list(enumerate(m.listed(values), start))),
+    "dict": lambda m, values=(), /, **named: m.dictionary(values) | named,
+    "enumerate": lambda m, values, start=0: iter([
+        (m.apply(operator.add, start, i), value) for i, value in enumerate(m.listed(values))]),
     "filter": lambda m, function, values: iter([x for x in m.listed(values) if m.call(function, [x], {})]),
     "format": Interpreter.format,
     "list": lambda m, values=(): m.listed(values),
-    "map": lambda m, function, *lists: iter([m.call(function, row, {}) for row in zip(*map(m.listed, lists))]),
+    "isinstance": lambda m, value, kinds: any(
+        isinstance(value, KINDS[kind]) for kind in (kinds if type(kinds) is tuple else [kinds])),
+    "map": lambda m, function, first, *more: iter([m.call(function, row, {}) for row in m.rows([first, *more])]),
     "max": lambda m, *values, **options: m.extreme(max, *values, **options),
     "min": lambda m, *values, **options: m.extreme(min, *values, **options),
     "print": lambda m, *values, sep="", end="", flush=False: m.weigh(*values, sep, end),
     "reversed": lambda m, values: iter(m.listed(values)[::-1]),
-    "set": lambda m, values=(): {m.key(value) for value in m.listed(values)},
+    "set": lambda m, values=(), /: {m.key(value) for value in m.listed(values)},
     "solve_it": Interpreter.solve,
     "sorted": Interpreter.sort,
     "str": lambda m, value="": m.show(value),
     "sum": lambda m, values, start=0: m.total(operator.add, values, start),
     "tuple": lambda m, values=(): tuple(m.listed(values)),
-    "zip": lambda m, *lists: iter(list(zip(*map(m.listed, lists)))),
+    "zip": lambda m, *lists: iter(m.rows(lists)),
 }.items()}
+KINDS = {BUILTINS[kind.__name__]: kind for kind in (bool, int, float, str, list, tuple, dict, set)}  # for isinstance
 
 METHODS = {(kind, name): host(getattr(kind, name)) for kind, names in {
     str: "count endswith find index isalpha isdigit lower replace split startswith strip title upper",
-    list: "append clear copy count index insert pop remove reverse",
+    float: "is_integer",
+    list: "append clear copy count index insert remove reverse",
     tuple: "count index",
     dict: "copy items keys values",
     set: "copy discard remove",
 }.items() for name in names.split()}
 METHODS |= {
     (str, "join"): lambda m, text, parts: m.apply(str.join, text, m.listed(parts)),
+    (list, "pop"): lambda m, items, *index: m.pay(len(items) // 64 if index else 0) or m.apply(list.pop, items, *index),
     (list, "extend"): lambda m, items, more: items.extend(m.listed(more)),
     (list, "sort"): lambda m, items, **options: m.apply(operator.setitem, items, slice(None), m.sort(items, **options)),
     (dict, "get"): lambda m, items, key, *default: items.get(m.key(key), *default),
+    (dict, "setdefault"): lambda m, items, key, default=None: items.setdefault(m.key(key), default),
+    (dict, "update"): lambda m, items, values=(), /, **named: items.update(m.dictionary(values) | named),
     (dict, "pop"): lambda m, items, key, *default: items.pop(m.key(key), *default),
     (set, "add"): lambda m, items, item: items.add(m.key(item)),
 }

@@ -115,6 +115,81 @@ def test_same_as_python(expression):
     assert run_program(f"answer = 0 + ({expression})") == eval(f"0 + ({expression})")
 
 
+# Found by a reviewer who attacked the evaluator for an hour: each made it run, or grow, without an end.
+ATTACKS = {
+    "negative price": "comb(5, 10 ** 12)\nL = []\nwhile True: L.append({})",
+    "text of all names": "a = []\nfor i in range(64): a = [a, a]\nf = lambda: 0\n[].index(f)",
+    "order by text": "a = []\nfor i in range(64): a = [a, a]\nf = lambda: 0\nfor x in {}.keys() | [f]: pass",
+    "text in an error": "n = 1 << 4090\nl = [n] * 50000\nl += l\nl += l\n[].index(l)",
+    "long text": "l = [1 << 4090] * 33000\nanswer = len(str([l, l, l, l]))",
+    "targets": "while True: " + "a = " * 2400 + "1",
+    "imports": "while True: from math import " + ", ".join(["e as a"] * 1500),
+    "parameters": "def f(" + ", ".join(f"a{i}=0" for i in range(1200)) + "): return lambda: 0\nL = []\nwhile True: L.append(f())",
+    "look at a set": "s = set(range(60000))\nwhile True:\n    for x in s: break",
+    "scopes": "f = " + "lambda: " * 90 + "[" + "x, " * 1000 + "]\nx = 1\nwhile True:\n    g = f\n    for i in range(90): g = g()",
+    "divmod": "from fractions import Fraction\nb = Fraction(1, 1 << 4000)\nq = 1\nL = []\nwhile True:\n    q, r = divmod(q, b)\n    L.append(q)",
+    "step of a range": "r = range(1)\nwhile True: r = r[::1 << 4000]",
+    "numbers of a range": "L = []\nwhile True: L.append(list(range(1 << 4080, (1 << 4080) + 99000)))",
+    "numbers of enumerate": "L = []\nwhile True: L.append(enumerate(range(99000), 1 << 4080))",
+    "one hash": "L = [i * (2 ** 61 - 1) for i in range(20000)]\nk = {}.keys()\nwhile True: k | L",
+    "fractions": "L = [Fraction(1, 3 ** 1200 + i) for i in range(2000)]\nwhile True: sorted(L)",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of the memory as Linux gives it")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks(name):
+    """Each in a process of its own: seconds of the processor and peak of the memory, and no number."""
+    script = """import re, sys, time
+from data.program import evaluate_program
+started = time.process_time()
+print(*evaluate_program(sys.argv[1]), time.process_time() - started)
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])"""
+    done = subprocess.run([sys.executable, "-c", script, ATTACKS[name]], cwd=ROOT, check=True, capture_output=True, text=True,
+                          timeout=60)
+    value, *reason, seconds, kilobytes = done.stdout.split()
+    assert value == "None" and reason[0] in ("budget", "refused", "error"), done.stdout
+    assert float(seconds) < 2 and int(kilobytes) < 200 * 1024, done.stdout
+
+
+def test_memory_of_many_programs():
+    """What a program leaves behind in cycles is collected, though Python's own collector is off."""
+    script = """import gc, re
+from data.program import evaluate_program
+gc.disable()
+for _ in range(40):
+    evaluate_program("def f(): pass\\na = [list(range(99000 * k, 99000 * k + 99000)) for k in range(1, 5)]")
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 100 * 1024
+
+
+@pytest.mark.parametrize("source, wanted", [  # where Python gives a number, it is the same one or none
+    ("a = [1, 2, 3]\na[1:2] += [9]\nanswer = len(a)", "refused"),
+    ("it = (x for x in [1, 2, 3, 4])\nl = list(zip([1], it))\nanswer = sum(it)", 9),
+    ("answer = 0\ng = (i for i in [1, 2, 3, 4])\nfor a, b in zip(g, g): answer += a * b", 14),
+    ("it = map(int, '1234')\nb = 2 in it\nanswer = sum(it)", 7),
+    ("x = Symbol('x')\nanswer = len(str(x))", "refused"),
+    ("x = Symbol('x')\nanswer = solve_it((x - 3, 2 * x - 7), x)[x]", "no answer"),
+    ("x = Symbol('x')\nanswer = int(solve_it(Eq(x, 1), x)[x] / 49 * 49)", 1),
+    ("x, y = Symbol('x'), Symbol('y')\nif solve_it([Eq(x, 3)], [x, y])[x] is None: answer = 1", "refused"),
+    ("answer = max([3, float('nan'), 5], key=lambda x: x)", 5), ("answer = min([5, 1, 1.0], key=lambda x: x)", 1),
+    ("answer = len(dict(values=[], m=5))", 2),
+    ("from math import *\nanswer = pow(3, 50)", 3.0 ** 50), ("import math.pi as p\nanswer = p", "refused"),
+    ("answer = sorted([2, 1], lambda x: x)[0]", "error"), ("answer = 1\nmap(len)", "error"),
+    ("f = lambda: 1\ng = lambda: 2\nfor x in {}.keys() | [f, g]: answer = x()", "refused"),
+    ("for x in {float('nan'), 1, 2}: answer = x", "refused"),
+    ("d = {'a': 1}\nd.update(b=2)\nd.setdefault('c', 3)\nanswer = sum(d.values())", 6),
+    ("answer = isinstance(2.0, (int, float)) + isinstance(2, str) + (4.0).is_integer()", 2),
+    ("answer = factorial(500) // factorial(498)", 249500), ("answer = 0 + (500000 in range(1, 10 ** 15))", 1),
+    ("s = list(range(5000))\nwhile s: answer = s.pop()", 0),
+    ("x = Symbol('x')\nn = solve_it(Eq(2 * x, 6), x)[x]\nanswer = [1, 2, 3, 4][n] + sum(range(n)) + float(f'{n:d}')", 10),
+])
+def test_reviewed(source, wanted):
+    value, reason = evaluate_program(source)
+    assert (value if reason == "ok" else reason) == wanted
+
+
 def test_iterators_are_consumed_once():
     assert run_program("g = (x for x in [1, 2])\nanswer = sum(g) * 10 + sum(g)") == 30
     assert evaluate_program("answer = len(zip([1], [2]))") == (None, "error")
