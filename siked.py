@@ -292,17 +292,19 @@ def evaluate(student: Student, questions, name: str = "", progress=no_progress) 
     accuracy_within             of the free answers in a strategy, the share that is right (None: there are none)
     forced                      accuracy with a strategy forced
     kinds                       all of this for each kind of question, where the questions have kinds
+    answers                     the free answers themselves
     """
     ways = (None, *STRATEGIES)  # None: free
     prompts = [student.prompt(question, way) for question in questions for way in ways]
     with progress(len(prompts), f"evaluate {name}") as update:
         texts = iter(student.answer(prompts, progress=update))
-    answers = []
+    answers, free = [], []
     for question in questions:
         strategy, text = split_tag(next(texts)[0][0])
         right = {None: is_correct(question, strategy, text)}
         right |= {way: is_correct(question, way, next(texts)[0][0]) for way in STRATEGIES}
         answers.append((question.kind, strategy, right))
+        free.append({"id": question.id, "strategy": strategy, "correct": right[None], "text": text})
 
     def summarise(answers):
         total, free = len(answers), {way: [right[None] for _, s, right in answers if s == way] for way in STRATEGIES}
@@ -313,7 +315,8 @@ def evaluate(student: Student, questions, name: str = "", progress=no_progress) 
                 "forced": {way: sum(right[way] for *_, right in answers) / total for way in STRATEGIES}}
 
     kinds = sorted({kind for kind, *_ in answers} - {""})
-    return summarise(answers) | {"kinds": {kind: summarise([a for a in answers if a[0] == kind]) for kind in kinds}}
+    by_kind = {kind: summarise([a for a in answers if a[0] == kind]) for kind in kinds}
+    return summarise(answers) | {"kinds": by_kind, "answers": free}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

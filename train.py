@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import statistics
 import sys
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 import siked
 from data.program import evaluate_program
+from data.report import format_table, write_report
 from model import Decoder, project, write_beside
 from siked import MODES, STRATEGIES, Student
 
@@ -322,8 +322,8 @@ def write_file(path: Path, text: str) -> None:
         write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
-def write_rationales(path: Path, rationales) -> None:
-    write_file(path, "".join(json.dumps(asdict(rationale), ensure_ascii=False) + "\n" for rationale in rationales))
+def write_lines(path: Path, records) -> None:
+    write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 class RunFolder:
@@ -344,7 +344,7 @@ class RunFolder:
         if (self.path / "metrics.jsonl").is_file():
             self.metrics = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
         if self.metrics or any(file for kind in ("pt", "stages.jsonl") for file in self.path.glob(f"seed-*/*.{kind}")):
-            free = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes")  # may change from run to run
+            free = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes", "command")  # may change between starts
             before = json.loads(file.read_text())
             changed = [name for name in before | settings if name not in free and settings.get(name) != before.get(name)]
             if changed:
@@ -352,7 +352,7 @@ class RunFolder:
                     f"{args.data / name} was another file" if name.endswith(".jsonl") else
                     f"--{name.replace('_', '-')} was {before.get(name)}, is {settings.get(name)}" for name in changed)
                     + ". Choose another --out, or delete the folder.")
-        write_file(file, json.dumps(settings, indent=1) + "\n")
+        write_file(file, json.dumps(settings | {"command": " ".join(sys.argv)}, indent=1) + "\n")
 
     def model_folder(self, seed: int, run: str, iteration: int) -> Path:
         return self.path / f"seed-{seed}" / (f"{run}-{iteration}" if iteration else run)
@@ -390,14 +390,17 @@ class RunFolder:
 
         steps: optimizer updates since --model, those of the models that this one comes from included.
         """
-        folder = self.model_folder(seed, run, result.number)
-        write_rationales(folder / "self.jsonl", result.generated)
-        write_rationales(folder / "mix.jsonl", result.training_mix)
+        folder, answers = self.model_folder(seed, run, result.number), []
+        for name, measures in result.measures.items():
+            answers += [{"set": name, **answer} for answer in measures.pop("answers")]
+        write_lines(folder / "answers.jsonl", answers)
+        write_lines(folder / "self.jsonl", map(asdict, result.generated))
+        write_lines(folder / "mix.jsonl", map(asdict, result.training_mix))
         replaced = self.find(seed=seed, run=run, iteration=result.number)
         self.metrics = [line for line in self.metrics if line not in replaced]
         self.metrics += [{"seed": seed, "run": run, "iteration": result.number, "set": name, **measures, **result.figure_2,
                           "steps": steps, "seconds": round(seconds, 1)} for name, measures in result.measures.items()]
-        write_file(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.metrics))
+        write_lines(self.path / "metrics.jsonl", self.metrics)
         if RANK == 0:
             for kind in ("stages.jsonl", "pt"):
                 self.unfinished(seed, run, kind).unlink(missing_ok=True)
@@ -510,19 +513,7 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is printed and reported
-
-
-def format_table(rows: list[dict]) -> str:
-    """A Markdown table with aligned columns: floats as per cent, None as a dash."""
-    def cell(value):
-        return "-" if value is None else f"{100 * value:.1f}" if isinstance(value, float) else str(value)
-
-    columns = [[name, *(cell(row[name]) for row in rows)] for name in rows[0]]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in zip(*columns)]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+# what is printed
 
 
 def count_reasons(rationales) -> str:
@@ -567,32 +558,6 @@ def print_iteration(run: str, result: siked.Iteration, questions) -> None:
     print(flush=True)
 
 
-def write_report(folder: RunFolder) -> None:
-    """The table of all models, mean and standard deviation over the seeds, on the screen and as report.md."""
-    def mean(values, scale=100, form=".1f"):
-        if None in values:
-            return "-"
-        spread = f" ± {scale * statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{scale * statistics.mean(values):{form}}{spread}"
-
-    rows = []
-    for run, iteration in dict.fromkeys((line["run"], line["iteration"]) for line in folder.metrics):
-        lines = folder.find(run=run, iteration=iteration)
-        by_set = {name: [line for line in lines if line["set"] == name] for name in dict.fromkeys(l["set"] for l in lines)}
-        test = by_set["test"]
-        rows.append({
-            "model": f"{run} {iteration}" if iteration else run,
-            **{name: mean([line["accuracy"] for line in of]) for name, of in by_set.items()},
-            **{f"{s} share": mean([line["share"][s] for line in test], form=".0f") for s in STRATEGIES},
-            "alpha": mean([line["alpha"] for line in test], 1, ".2f"), "KL": mean([line["KL"] for line in test], 1, ".1e"),
-            "steps": mean([line["steps"] for line in test], 1, ".0f"),
-            "seconds": mean([line["seconds"] for line in test], 1, ".0f")})
-    table = format_table(rows)
-    print(f"\nAll models: accuracy and share of answers in %\n{table}")
-    write_file(folder.path / "report.md", f"# SIKeD run\n\n`{' '.join(sys.argv)}`\n\n{table}\n")
-    print(f"The table is in {folder.path / 'report.md'}, everything measured in {folder.path / 'metrics.jsonl'}.")
-
-
 def main() -> None:
     args = parse_args()
     if WORLD > 1:
@@ -620,7 +585,9 @@ def main() -> None:
             for strategy in STRATEGIES:
                 follow(f"{strategy}-only", args, data, folder, seed, mode="all", iterations=0, strategy=strategy,
                        total_steps=steps)
-    write_report(folder)
+    if RANK == 0:
+        print(f"\nAll models: accuracy and share of answers in %\n{write_report(args.out)}")
+        print(f"More is in {args.out / 'report.md'}, everything measured in {args.out / 'metrics.jsonl'}.")
 
 
 if __name__ == "__main__":

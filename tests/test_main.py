@@ -140,14 +140,15 @@ def test_embedded_student_and_data(tmp_path):
 def test_run_folder_holds_what_is_promised(run, student):
     """args.json, metrics.jsonl, report.md, and a folder per trained model, complete and in the student's format."""
     out, _ = run
-    assert {path.name for path in out.iterdir()} == {"args.json", "metrics.jsonl", "report.md", "seed-0", "lock"}
+    assert {path.name for path in out.iterdir()} - {"report.png"} == {"args.json", "metrics.jsonl", "report.md", "seed-0", "lock"}
     args = json.loads((out / "args.json").read_text())
     assert args["iters"] == 1 and args["lr"] == 1e-2 and args["mix"] == "all" and args["seed"] == 0
     folders = sorted((out / "seed-0").iterdir())
     assert [folder.name for folder in folders] == ["combined", "siked-all-1"]
     for folder in folders:
         files = {path.name for path in folder.iterdir()}
-        assert {"model.safetensors", "config.json", "tokenizer.json", "self.jsonl", "mix.jsonl"} <= files
+        assert {"model.safetensors", "config.json", "tokenizer.json", "self.jsonl", "mix.jsonl",
+                "answers.jsonl"} <= files
         assert not [name for name in files if name.endswith((".part", ".tmp"))]
         assert load_file(folder / "model.safetensors").keys() == load_file(student / "model.safetensors").keys()
         assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 0

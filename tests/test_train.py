@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train
 from model import Config, Decoder
 from siked import STRATEGIES, Question, Rationale, Student, read_rationales
-from train import (IGNORE, RunFolder, collate, fine_tune, format_table, make_batches, output_loss, parse_args, read_data,
+from train import (IGNORE, RunFolder, collate, fine_tune, make_batches, output_loss, parse_args, read_data,
                    write_file)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -497,7 +497,7 @@ def write_data(folder):
     for name, questions in {"train": QUESTIONS, "test": QUESTIONS[:2], "other": QUESTIONS[2:5]}.items():
         (folder / f"{name}.jsonl").write_text("".join(
             json.dumps({"id": q.id, "question": q.text, "answer": str(q.answer)}) + "\n" for q in questions))
-    train.write_rationales(folder / "teacher.jsonl", TEACHER)
+    train.write_lines(folder / "teacher.jsonl", map(dataclasses.asdict, TEACHER))
     return folder
 
 
@@ -517,7 +517,7 @@ def test_held_out_questions_are_not_trained_on(tmp_path):
 def test_rationales_are_read_as_they_were_written(tmp_path):
     """self.jsonl and mix.jsonl say all that is known of a text, whatever characters it holds."""
     rationales = [Rationale("q1", "pot", "# Äpfel\u2028\u0000\nanswer = 1", "student", False, True), *TEACHER]
-    train.write_rationales(tmp_path / "mix.jsonl", rationales)
+    train.write_lines(tmp_path / "mix.jsonl", map(dataclasses.asdict, rationales))
     assert read_rationales(tmp_path / "mix.jsonl", QUESTIONS) == rationales
 
 
@@ -691,7 +691,8 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 
 def test_teacher_without_a_right_text_is_refused(tmp_path, monkeypatch):
     arguments = flags(tmp_path)
-    train.write_rationales(tmp_path / "data/teacher.jsonl", [dataclasses.replace(r, text="Final answer: 1e9") for r in TEACHER])
+    train.write_lines(tmp_path / "data/teacher.jsonl", [
+        dataclasses.asdict(r) | {"text": "Final answer: 1e9"} for r in TEACHER])
     with pytest.raises(ValueError, match="teacher.jsonl: of 33 rationales none is right"):
         run_main(monkeypatch, arguments)
 
@@ -751,36 +752,3 @@ def test_run_without_teacher_texts_is_refused(tmp_path, monkeypatch):
     (tmp_path / "data/teacher.jsonl").write_text("")
     with pytest.raises(ValueError, match="teacher.jsonl"):
         run_main(monkeypatch, arguments)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is printed
-
-
-def test_table_by_hand():
-    """Floats as per cent, None as a dash, the rest as it is; all lines equally wide, as Markdown."""
-    rows = [{"model": "combined", "test": 0.5, "alpha": None, "steps": 12},
-            {"model": "b", "test": 1.0, "alpha": 0.25, "steps": 7}]
-    lines = format_table(rows).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["model", "test", "alpha", "steps"]
-    assert all(set(cell) == {"-"} for cell in cells[1])
-    assert cells[2:] == [["combined", "50.0", "-", "12"], ["b", "100.0", "25.0", "7"]]
-    assert len({len(line) for line in lines}) == 1 and all(line[0] == line[-1] == "|" for line in lines)
-
-
-def test_report_gives_mean_and_spread_over_seeds(tmp_path, capsys):
-    """Accuracies 0.5 and 0.7: mean 60, standard deviation 14.1 (of a sample: n - 1); one None makes the mean unknown."""
-    folder = RunFolder(parse_args(flags(tmp_path)))
-    for seed, accuracy in enumerate([0.5, 0.7]):
-        folder.metrics += [{"seed": seed, "run": "siked-all", "iteration": 1, "set": name, "accuracy": accuracy,
-                            "share": {"cot": 0.5, "l2m": 0.25, "pot": 0.25}, "alpha": 0.25, "KL": None if seed else 0.5,
-                            "steps": 3, "seconds": 1.0} for name in ("held-out", "test")]
-    train.write_report(folder)
-    report, shown = (tmp_path / "out/report.md").read_text(), capsys.readouterr().out
-    table = [line for line in report.splitlines() if line.startswith("|")]
-    header, _, row = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    cells = dict(zip(header, row, strict=True))
-    assert cells["test"] == cells["held-out"] == "60.0 ± 14.1"
-    assert cells["model"] == "siked-all 1" and cells["KL"] == "-" and cells["cot share"].startswith("50")
-    assert all(line in shown for line in table)
