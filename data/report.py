@@ -130,7 +130,7 @@ def show_questions(folder: Path, data: Path, line: dict) -> str:
     for id in ids[::max(1, len(ids) // N_QUESTIONS)][:N_QUESTIONS]:
         n_teacher = sum(text["id"] == id and text["source"] == "teacher" for text in mixed)
         parts.append(f"**{questions[id]['question']}** (gold answer {questions[id]['answer']}; "
-                     f"{n_teacher} texts of the teacher's in the mix)")
+                     f"teacher's texts in the mix: {n_teacher})")
         parts += [f"{text['strategy']}, {verdict(text, text in mixed)}\n```\n{text['text'].replace('```', '` ` `')}\n```"
                   for text in texts if text["id"] == id]
     return "\n\n".join(parts)
@@ -173,9 +173,9 @@ def draw(folder: Path, metrics: list[dict], run: str) -> str:
                 bars.append((i, name, {s: statistics.mean(line[field][s] for line in lines) for s in STRATEGIES}))
     places = [place + 0.8 * i for place, (i, *_) in enumerate(bars)]
     bottom = [0.0] * len(bars)
-    for strategy, colour in zip(STRATEGIES, ("tab:orange", "tab:green", "tab:purple")):
+    for strategy in STRATEGIES:
         heights = [100 * shares[strategy] for *_, shares in bars]
-        right.bar(places, heights, bottom=bottom, color=colour, label=strategy)
+        right.bar(places, heights, bottom=bottom, label=strategy)
         bottom = [a + b for a, b in zip(bottom, heights)]
     right.set(xticks=places, xticklabels=[f"{name}\n{i}" for i, name, _ in bars], ylabel="share of strategies, %", ylim=(0, 100),
               xlabel="by round: Teacher, Mix, Student's kept texts, and its Answers to the test set")

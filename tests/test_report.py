@@ -62,7 +62,7 @@ def test_report_reads_by_itself(folder):
     assert "`train.py --mix all`" in report and "- lr: 0.25" in report
     assert "From combined to siked-all 1, 1 of 2 questions got another strategy" in report
     assert "- cot -> pot: 1, of which 1 became right and 0 wrong" in report
-    assert "**What is 0 + 1?** (gold answer 1; 1 texts of the teacher's in the mix)" in report
+    assert "**What is 0 + 1?** (gold answer 1; teacher's texts in the mix: 1)" in report
     for verdict in ("cot, kept", "cot, left out: right, but another", "cot, rejected: gives 7.5", "cot, rejected: gives no number\n",
                     "l2m, rejected: cut off", "pot, rejected: gives no number, program: refused"):
         assert verdict in report, verdict
