@@ -568,6 +568,8 @@ def main() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=1))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
+        if WORLD > args.accumulation:
+            print(f"--accumulation {args.accumulation}: all {WORLD} processes generate, but only so many train")
     folder = RunFolder(args)
     if args.preset:
         print(f"--preset {args.preset}: " + ", ".join(f"{name} {getattr(args, name)}" for name in PAPER))

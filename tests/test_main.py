@@ -300,6 +300,7 @@ def test_two_processes_do_the_work_of_one(alone, student, data, tmp_path):
     printed, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert printed.count("All models") == 1, "one of them speaks"
+    assert "only so many train" not in printed
     assert (out / "seed-0/siked-all-1/self.jsonl").read_bytes() == (alone / "seed-0/siked-all-1/self.jsonl").read_bytes()
     assert metrics_without_seconds(out) == metrics_without_seconds(alone)
 
