@@ -206,7 +206,8 @@ def test_table_is_printed_and_reported(run):
     out, printed = run
     report = (out / "report.md").read_text()
     header, *rows = table_of(printed)
-    assert table_of(report) == [header, *rows] and "train.py" in report and "--epochs 60" in report
+    first_table = re.search(r"(?:^\|.*\|\n)+", report, re.MULTILINE)[0]
+    assert table_of(first_table) == [header, *rows] and "train.py" in report and "--epochs 60" in report
     assert {"alpha", "KL", "steps"} <= set(header)
     lines = read_lines(out / "metrics.jsonl")
     for row, (name, lines) in zip(rows, [("combined", lines[:3]), ("siked-all 1", lines[3:])], strict=True):
