@@ -429,6 +429,7 @@ class Interpreter:
             if pivot is None:
                 raise Stop("refused")  # the solution, if there is one, would hold an unknown
             rows.remove(pivot)
+            self.pay(4 * len(rows) * len(pivot))  # a Fraction takes more time than its step pays for
             pivot = [self.apply(operator.truediv, value, pivot[i]) for value in pivot]
             rows = [[self.apply(operator.sub, value, self.apply(operator.mul, row[i], step))
                      for value, step in zip(row, pivot)] for row in rows]

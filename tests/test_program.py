@@ -132,6 +132,7 @@ ATTACKS = {
     "numbers of a range": "L = []\nwhile True: L.append(list(range(1 << 4080, (1 << 4080) + 99000)))",
     "numbers of enumerate": "L = []\nwhile True: L.append(enumerate(range(99000), 1 << 4080))",
     "one hash": "L = [i * (2 ** 61 - 1) for i in range(20000)]\nk = {}.keys()\nwhile True: k | L",
+    "unknowns": "xs = [Symbol(str(i)) for i in range(400)]\nsolve_it([Eq(x * 2, 4) for x in xs], xs)\nanswer = 42",
     "fractions": "L = [Fraction(1, 3 ** 1200 + i) for i in range(2000)]\nwhile True: sorted(L)",
 }
 
