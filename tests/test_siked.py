@@ -392,6 +392,28 @@ def test_self_generation_depends_on_the_seed_alone(student):
     assert self_generate(student, [ANN, BEN, EVE], seed=2, **how) != whole
 
 
+def test_self_generation_is_kept_in_parts(student, monkeypatch):
+    """Stopped in the second of three parts, it does not write the first one again, and the texts are the same."""
+    how = dict(samples=2, seed=5, temperature=2.0)
+    whole = self_generate(student, [ANN, BEN, EVE], **how)
+    monkeypatch.setattr("siked.TEXTS_AT_ONCE", 6)  # one question: three strategies, two samples
+    kept, computed = {}, []
+
+    def stage(name, compute):
+        if name not in kept:
+            if len(computed) == 1 and not kept.pop("go on", False):
+                raise KeyboardInterrupt
+            computed.append(name)
+            kept[name] = json.loads(json.dumps(compute()))
+        return kept[name]
+
+    with pytest.raises(KeyboardInterrupt):
+        self_generate(student, [ANN, BEN, EVE], stage=stage, **how)
+    kept["go on"] = True
+    assert self_generate(student, [ANN, BEN, EVE], stage=stage, **how) == whole
+    assert len(computed) == len(set(computed)) == 3
+
+
 def test_right_but_unfinished_text_is_not_kept(student):
     """Pitfall 3, from the model to the filter: with one token too few every text is right and none is kept."""
     student = copy.copy(student)
