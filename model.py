@@ -418,7 +418,8 @@ class Decoder(nn.Module):
         config["dtype"] = str(self.model.norm.weight.dtype).removeprefix("torch.")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        write_beside(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_beside(folder / "model.safetensors", lambda path: save_file(
+            tensors, path, metadata={"format": "pt"}))  # transformers asks for the format
         write_beside(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n", "utf-8"))
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded checkpoint that was here
 

@@ -344,7 +344,8 @@ class RunFolder:
         if (self.path / "metrics.jsonl").is_file():
             self.metrics = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
         if self.metrics or any(file for kind in ("pt", "stages.jsonl") for file in self.path.glob(f"seed-*/*.{kind}")):
-            free = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes", "command")  # may change between starts
+            # These may change from one start to the next:
+            free = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes", "command")
             before = json.loads(file.read_text())
             changed = [name for name in before | settings if name not in free and settings.get(name) != before.get(name)]
             if changed:

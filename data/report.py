@@ -150,12 +150,9 @@ def draw(folder: Path, metrics: list[dict], run: str) -> str:
     rounds = range(min(map(len, by_seed)))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), width_ratios=(2, 3), layout="constrained")
 
-    def curve(lines_by_seed, **style):
-        values = [[100 * lines[i]["accuracy"] for lines in lines_by_seed] for i in rounds]
-        left.errorbar(rounds, [statistics.mean(v) for v in values],
-                      [statistics.stdev(v) if len(v) > 1 else 0 for v in values], capsize=3, **style)
-
-    curve(by_seed, marker="o", color="tab:blue", label=run)
+    values = [[100 * lines[i]["accuracy"] for lines in by_seed] for i in rounds]
+    left.errorbar(rounds, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+                  capsize=3, marker="o", label=run)
     if control := find(metrics, run="combined-same-steps", set="test"):
         values = [100 * line["accuracy"] for line in control]
         left.axhline(statistics.mean(values), color="tab:gray", linestyle="--",
@@ -208,5 +205,5 @@ def write_report(folder: Path) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
-        sys.exit(f"usage: python data/report.py RUN_FOLDER: a folder with metrics.jsonl, which train.py writes")
+        sys.exit("usage: python data/report.py RUN_FOLDER: a folder with metrics.jsonl, which train.py writes")
     print(write_report(Path(sys.argv[1])))
