@@ -64,10 +64,16 @@ def device(text):
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        """The docstring as it stands, and each flag with its default."""
+    class Help(argparse.RawDescriptionHelpFormatter):
+        """The docstring as it stands, and each flag with the type of its value and its [default]."""
+        def _get_default_metavar_for_optional(self, action):
+            return getattr(action.type, "__name__", "")
 
-    parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__, formatter_class=Help)
+        def _get_help_string(self, action):
+            return action.help + ("" if action.default in (None, argparse.SUPPRESS) or action.nargs == 0 else " [%(default)s]")
+
+    parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__,
+                                     formatter_class=lambda prog: Help(prog, max_help_position=27, width=120))
     group = parser.add_argument_group("what to run").add_argument
     group("--model", type=Path, default=HERE / "data/student", help="student: a Hugging Face folder (the embedded one)")
     group("--data", type=Path, default=HERE / "data/toy", help="folder with {train,teacher,test}.jsonl (the embedded one)")
