@@ -12,6 +12,7 @@ Dimension letters, used in every shape comment:
     T tokens fed per row         H_kv  key and value heads, a divisor of H  D width of one head (head_dim)
     S keys seen: cached + T      V     vocabulary size
 
+The last of the four files, and the only one that needs none of the others. Read it from `Decoder.hidden` inwards.
 Sources: Llama (arXiv 2302.13971), Qwen2 (2407.10671), Qwen3 (2505.09388), Gemma (2403.08295), Gemma 3 (2503.19786);
 where a paper leaves a detail open, modeling_<model_type>.py of transformers 5.23 decides.
 """

@@ -1,4 +1,5 @@
 """Samples texts from a Decoder with a KV cache: `generate` is the whole interface. Knows nothing of text or strategies.
+Read siked.self_generate before, which calls it, and model.py's Attention after: there the cache is read.
 
     texts = generate(model, prompts, n=10, max_new_tokens=512, temperature=0.7, top_p=0.95, stop_ids=[2])
     texts[0][3]                           # sample 3 of prompt 0: a list of ids, without the stop id

@@ -14,6 +14,7 @@ One question in the three strategies, as the student is trained to answer it. <e
     target    [pot]: answer = (14 + 5) * 2<end>
 
 Source: Adarsh, Shridhar, Gulcehre, Monath, Sachan, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.513.
+Begin here, with `siked()`. Then data/answers.py (what is "correct"?), train.py (steps 2 and 5), sampler.py (step 3), model.py.
 """
 import json
 import math

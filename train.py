@@ -1,4 +1,5 @@
-"""Trains a student by SIKeD: the command line, the SFT loop and the run folder. The method itself is in siked.py.
+"""Trains a student by SIKeD: the command line, the SFT loop and the run folder. The method itself is in siked.py, which is
+to be read before; here begin with `fine_tune` and the two functions above it. How a student writes is in sampler.py.
 
     python train.py --iters 3                               # the embedded student and word problems, minutes on a laptop
     python train.py --iters 3 --compare --seeds 3           # and everything that SIKeD is compared with, three times

@@ -9,6 +9,7 @@
 
 The one place that decides what a rationale answers. The filter of the teacher's rationales, the filter of the student's
 and the evaluation (steps 1, 3 and 6 of the README) call `numeric_answer` and `same_number`, so they cannot disagree.
+Read siked.py before; program.py, which evaluates the programs, after.
 Promised: every text is answered in a time linear in its length, and 0 is a value like any other; "nothing" is None.
 Not promised: arithmetic after the marker ("Final answer: 3 + 4" is 3), words ("twelve"), mixed numbers ("1 1/2" is 1).
 """
@@ -19,7 +20,10 @@ from fractions import Fraction
 
 from data.program import run_program
 
-STRATEGIES = ("cot", "l2m", "pot")  # Chain of Thought, Least-to-Most, Program of Thought
+# Chain of Thought, Least-to-Most, Program of Thought. To add a strategy, add its name: tags, self-generation, mix, measures
+# and report go by this tuple. Its answer is the number after "Final answer:", unless numeric_answer is told otherwise. A
+# real teacher also needs eight worked examples, prompts/NAME.txt.
+STRATEGIES = ("cot", "l2m", "pot")
 
 # Two answers are the same if they differ by no more than one millionth, or by one millionth of the larger one. Exact
 # answers need no tolerance, but programs compute in floats (0.07 * 100 is 7.000000000000001) and texts round.

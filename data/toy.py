@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-STRATEGIES = ("cot", "l2m", "pot")
+STRATEGIES = ("cot", "l2m", "pot")  # that this teacher can write; those of the method are in answers.py
 KINDS = ("shop", "tally", "relations")
 NAMES = "Ann Ben Cora Dan Eve Finn Gail Hugo Iris Jack Kate Leo Mia Nick Olga Pete Rosa Sam Tess Vera".split()
 ITEMS = "cards coins stamps beads shells pins".split()

@@ -23,6 +23,16 @@ NOTHING = [
 ]
 
 
+def test_example():
+    """What it is for: is a rationale right, whatever its strategy?"""
+    gold = parse_number("$28.50")
+    assert same_number(numeric_answer("cot", "Three cost 3 * $9.50 = $28.50. Final answer: $28.50 in total"), gold)
+    assert same_number(numeric_answer("l2m", "What do three cost? 28.5.\nFinal answer: 28.5"), gold)
+    assert same_number(numeric_answer("pot", "price = 9.5\nanswer = 3 * price"), gold)
+    assert not same_number(numeric_answer("cot", "Three cost $28. Final answer: $28"), gold)
+    assert not same_number(numeric_answer("cot", "I do not know."), gold)
+
+
 @pytest.mark.parametrize("strategy", ["cot", "l2m"])
 @pytest.mark.parametrize("text, number", [*NUMBERS.items(), *SENTENCES.items(), *dict.fromkeys(NOTHING).items()])
 def test_number_after_the_marker(strategy, text, number):

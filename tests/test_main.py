@@ -201,6 +201,24 @@ def test_texts_of_the_rounds_are_kept(run):
     assert line["steps"] == 60 + 60 * (6 + len(own)) / 6  # those of the model that it goes on from included
 
 
+def test_fourth_strategy_is_one_name_in_one_place(student, data, tmp_path):
+    """With "equation" among data/answers.py's STRATEGIES, and texts of it among the teacher's, the student is trained on it,
+    generates in it and is measured in it."""
+    shutil.copytree(data, tmp_path / "data")
+    with (tmp_path / "data/teacher.jsonl").open("a") as file:
+        for q in read_lines(data / "train.jsonl"):
+            text = f"x = {q['answer']}. Final answer: {q['answer']}"
+            file.write(json.dumps({"id": q["id"], "strategy": "equation", "text": text}) + "\n")
+    code = f"""import runpy, sys; sys.argv.pop(0); sys.path.insert(0, {str(ROOT)!r}); import data.answers
+data.answers.STRATEGIES += ("equation",); runpy.run_path(sys.argv[0], run_name="__main__")"""
+    out, launcher = tmp_path / "out", (sys.executable, "-c", code)
+    printed = finish(start(out, "--model", student, "--data", tmp_path / "data", *FLAGS, launcher=launcher))
+    assert "equation share" in table_of(printed)[0] and "equation: right" in (out / "report.md").read_text()
+    assert {"equation"} < {r["strategy"] for r in read_lines(out / "seed-0/siked-all-1/self.jsonl")}
+    assert any(r["strategy"] == "equation" and r["source"] == "student" for r in read_lines(out / "seed-0/siked-all-1/mix.jsonl"))
+    assert read_lines(out / "metrics.jsonl")[-2]["forced"]["equation"] > 0.6
+
+
 def test_table_is_printed_and_reported(run):
     """A row per model with its accuracy on every set; report.md shows the same, and the command it comes from."""
     out, printed = run

@@ -70,6 +70,18 @@ class ListCache:
         return returned
 
 
+def test_example(tmp_path):
+    """What it is for: a checkpoint of the Hugging Face layout is read, used, changed and written."""
+    model = Decoder.from_pretrained(FIXTURES / "llama")
+    tokens = torch.tensor([[5, 17, 3], [8, 2, 30]])           # (B, T)
+    logits = model(tokens)                                    # (B, T, V)
+    assert logits.shape == (2, 3, model.config.vocab_size)
+    model.model.layers[0].mlp.down_proj.weight *= 1.5
+    model.save_pretrained(tmp_path)
+    changed = Decoder.from_pretrained(tmp_path)(tokens)
+    assert torch.equal(changed, model(tokens)) and not torch.allclose(changed, logits)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Logits
 

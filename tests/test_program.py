@@ -34,6 +34,16 @@ def run_catalogue():
     return [(case["name"], *evaluate_program(case["program"])) for case in CASES], time.thread_time() - start
 
 
+def test_example():
+    """What it is for: the number that a model's program gives, or the reason why there is none."""
+    assert run_program("eggs = 16 - 3 - 4\nanswer = eggs / 2") == Fraction(9, 2)
+    assert run_program("x = Symbol('x')\nanswer = solve_it(Eq(2 * x + 4, 40), x)[x]") == 18
+    assert evaluate_program("for i in range(3): total = i") == (None, "no answer")
+    assert evaluate_program("answer = 1 / 0") == (None, "error")
+    assert evaluate_program("import os\nanswer = os.getpid()") == (None, "refused")
+    assert evaluate_program("answer = 9 ** 9 ** 9") == (None, "budget")
+
+
 @pytest.fixture(scope="module")
 def catalogue():
     return run_catalogue()

@@ -65,6 +65,16 @@ class CountingModel:
         return self.model.hidden(tokens, cache)
 
 
+def test_example(model):
+    """What it is for: several texts per prompt, each ended by a stop id or cut off, whatever else is in the batch."""
+    prompts, how = [[5, 6, 7], [9], [8, 8, 8, 8]], dict(max_new_tokens=20, temperature=0.7, top_p=0.95, stop_ids=[3], seed=1)
+    texts = generate(model, prompts, n=4, **how)
+    assert [len(of_prompt) for of_prompt in texts] == [4, 4, 4]
+    for text in sum(texts, []):
+        assert 3 not in text and len(text) <= 20 and is_finished(text, 20) == (len(text) < 20)
+    assert texts[1:2] == generate(model, prompts[1:2], n=4, **how)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Cache and batching
 

@@ -92,6 +92,21 @@ def right(id, strategy, text="", **settings) -> Rationale:
     return Rationale(id, strategy, text or f"{id} {strategy}", correct=True, **settings)
 
 
+def test_example():
+    """What it is for: the whole loop, two rounds, with a training loop of ten lines."""
+    def fine_tune(student, rationales, number, size):
+        train(student, rationales, steps=60)
+        return 60
+
+    questions, teacher = [ANN, BEN, EVE], LEARNED + [Rationale("ann", "cot", "3 - 4 = 1. Final answer: 1")]
+    combined, after = siked(fresh_student(), questions, teacher, fine_tune, {"test": questions}, iterations=1, samples=4)
+    assert not combined.generated and len(combined.training_mix) == 8   # of the teacher's 10 texts, 8 are right
+    assert len(after.generated) == 3 * 3 * 4                            # questions, strategies, samples
+    assert all(r.correct and r.finished for r in after.own) and after.own
+    assert after.figure_2["alpha"] < combined.figure_2["alpha"] == 1
+    assert after.measures["test"]["total"] == 3
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # step 1: filter
 

@@ -46,6 +46,17 @@ def stories(count=300, rng=None):
             for kind in toy.KINDS for unseen in (False, True) for longer in (False, True)]
 
 
+def test_example():
+    """What it is for: a question, and solutions in each strategy by a teacher that errs now and then."""
+    story = toy.tell("tally", random.Random(1))
+    assert story.text == ("Eve has 58 shells. Eve gets 17, then drops 5. Eve loses half. Eve wins 16. "
+                          "How many shells does Eve have now?")
+    assert story.values() == [58, 75, 70, 35, 51]
+    for strategy in toy.STRATEGIES:
+        texts = [toy.teach(story, strategy, random.Random(i)) for i in range(20)]
+        assert 12 <= sum(same_number(numeric_answer(strategy, text), 51) for text in texts) < 20
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 

@@ -65,6 +65,17 @@ def settings(**changed) -> Namespace:
                          "checkpointing": False, "save_minutes": 0} | changed))
 
 
+def test_example():
+    """What it is for: a student learns to answer a question with a given text."""
+    student, question, rationale = tiny_student(max_new_tokens=60), QUESTIONS[3], TEACHER[9]
+    example = student.prompt(question), student.target(rationale)
+    fine_tune(student, [example], steps=150, args=settings(batch_size=1), seed=0, name="example")
+    [[(text, finished)]] = student.answer([student.prompt(question)])
+    assert text == "[cot]: 3 + 6 = 9. Final answer: 9" and finished
+    [[(text, finished)]] = student.answer([student.prompt(question, "cot")])  # with the strategy forced
+    assert text == "3 + 6 = 9. Final answer: 9"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
