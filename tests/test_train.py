@@ -488,8 +488,7 @@ def test_help_gives_every_flag_with_its_default(capsys):
         flag = "--" + name.replace("_", "-")
         entry = re.sub(r"\s+", " ", entries[flag])
         assert len(entry.split()) > 3, f"{entry}: says nothing"
-        shown = re.search(r"default: ([^ )]+)", entry)
-        assert default is False or shown and (shown[1] == str(default) or float(shown[1]) == default), entry
+        assert default is False or default is None or f" [{default}]" in entry, entry
 
 
 def test_defaults_run_the_embedded_example():
