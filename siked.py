@@ -83,7 +83,7 @@ def compute_now(name: str, compute):
 
 
 def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adaptive_per="question", iterations=3,
-          samples=4, keep=1, temperature=0.7, top_p=0.95, seed=0, first=0, progress=no_progress, stage=compute_now):
+          samples=1, keep=1, temperature=0.7, top_p=0.95, seed=0, first=0, progress=no_progress, stage=compute_now):
     """The numbered steps of the method. Yields an Iteration after each round, round 0 first.
 
     student     a Student, trained in place
@@ -96,7 +96,7 @@ def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adap
     """
     teacher = filter_correct(check(teacher, questions))                                     # step 1: filter
     for number in range(first, iterations + 1):
-        generated, own, training_mix = [], [], teacher                                      # step 2: distil
+        generated, own, training_mix = [], [], teacher
         if number > 0:
             generated = self_generate(student, questions, samples, seed=seed + number,      # step 3: self-generate
                                       temperature=temperature, top_p=top_p, progress=progress, stage=stage)
@@ -104,7 +104,7 @@ def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adap
             own = filter_correct(generated, keep)                                           #         and filter
             training_mix = mix(teacher, own, mode, adaptive_per)                            # step 4: mix
         size = len(teacher) + len(own) if mode == "teacher" else len(training_mix)
-        steps = fine_tune(student, training_mix, number, size)                              # steps 2, 5: distil, retrain
+        steps = fine_tune(student, training_mix, number, size)                              # step 2: distil, step 5: retrain
         measures = {name: stage(f"{number}: evaluate {name}", lambda: evaluate(student, asked, name, progress))
                     for name, asked in sets.items()}                                        # step 6: evaluate
         yield Iteration(number, generated, own, training_mix, steps, measures,              # step 7: repeat

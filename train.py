@@ -3,7 +3,7 @@ to be read before; here begin with `fine_tune` and the two functions above it. H
 
     python train.py --iters 3                               # the embedded student and word problems, minutes on a laptop
     python train.py --iters 3 --compare --seeds 3           # and everything that SIKeD is compared with, three times
-    python train.py --model GEMMA_FOLDER --data GSM8K_FOLDER --out RUN_FOLDER --iters 3     # real checkpoint, real data
+    python train.py --preset paper --model FOLDER --data FOLDER --out FOLDER --iters 3      # real checkpoint, real data
     torchrun --nproc-per-node 4 train.py ...                # the same by four processes, one per GPU or CPU share
 
 --data holds train.jsonl, teacher.jsonl, test.jsonl; every further *.jsonl file is an out-of-distribution set.

@@ -8,7 +8,8 @@
 A model wrote the program, so Python never runs it: `ast.parse` reads it and the class Interpreter walks the tree.
 Promised, for every text:
 - No way out. A value is an int, float, Fraction, bool, str, None, list, tuple, dict, set, range or of a class below.
-  Attributes exist only as `module.name` and `value.method`, from closed tables; there are no classes and no imports.
+  Attributes exist only as `module.name` and `value.method`, from closed tables, which are also all that `import` finds.
+  There are no classes.
 - It ends, within seconds and 200 MB: one budget of steps pays for everything before it is done. There is no clock,
   signal or thread, so the verdict is the same on a slow machine, on every system and in a worker thread.
 - Nothing is raised, and there is no half result: a number needs a program that ran to its end.
@@ -62,7 +63,7 @@ def evaluate_program(source):
     "ok"         the value is a number; it is None for every other reason
     "no answer"  the program ran to its end, but `answer` is missing or not one finite number
     "error"      Python would raise, too: wrong syntax, a division by zero, a misspelt name ...
-    "refused"    the program uses something that this evaluator does not know
+    "refused"    the program uses something that this evaluator does not know, or is too long or too deep to be read
     "budget"     the program takes too many steps, too much memory or too deep a recursion
     "bug"        this evaluator failed, not the program. As nothing may be raised, it is printed to stderr and has its
                  own reason, so that a caller can stop there instead of scoring the rationale as wrong.

@@ -190,7 +190,9 @@ def write_report(folder: Path) -> str:
     last, table = models_of(metrics, run, seed)[-1], table_of_models(metrics)
     sections = [
         "# SIKeD run", f"`{settings.get('command', 'train.py')}`", draw(folder, metrics, run),
-        "Accuracy and share of answers in %, mean ± standard deviation over the seeds:", table,
+        "Accuracy and share of answers in %, mean ± standard deviation over the seeds. alpha: share of the teacher in the mix. "
+        "KL: how far the mix's distribution over strategies is from that of the student's own kept texts, in nats. "
+        "steps: of the optimizer, all rounds together. seconds: of this round.", table,
         "## What the student chose", f"On the test set, seed {seed}, in %. \"right\": of its answers in this strategy.",
         describe_choices(folder, metrics, run, seed)]
     if last["iteration"]:

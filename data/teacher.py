@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -194,7 +195,7 @@ def parse_args(argv=None):
     add("--timeout", type=float, default=120, help="seconds to wait for an answer (120)")
     add("--attempts", type=int, default=8, help="per request, with growing waits between them: two minutes in all (8)")
     add("--rows", type=int, default=32, help="local checkpoint: texts generated at once (32)")
-    add("--device", default="cpu", help="local checkpoint: cpu or cuda (cpu)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="local checkpoint: cpu or cuda")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("http://", "https://")):
