@@ -60,7 +60,7 @@ class Config:
     num_key_value_heads: int | None = None      # H_kv; default H: no two query heads share
     head_dim: int | None = None                 # D; default C / H (Gemma, Gemma 3: 256, Qwen3: 128)
     hidden_act: str | None = None               # a key of ACTIVATIONS
-    max_position_embeddings: int = 2048         # tokens; not enforced here, a sampler stops there
+    max_position_embeddings: int = 2048         # tokens; not enforced here: the sampler refuses what would go beyond
     rms_norm_eps: float = 1e-6
     rope_theta: float | None = None             # RoPE base (in Gemma 3: of the full-attention layers)
     tie_word_embeddings: bool | None = None     # the output layer is the embedding matrix
@@ -114,7 +114,7 @@ class Config:
                 known["hidden_act"] = fields.get("hidden_activation")
             if known.get("model_type") == "gemma" and known.get("hidden_act") == "gelu":
                 known["hidden_act"] = "gelu_pytorch_tanh"  # the first Gemma release wrote the one and meant the other
-            spent = names | {"rope_parameters", "rope_scaling"}
+            spent = names | {"rope_parameters"}  # a null of theirs is written back as it was
             return cls(**known, extra={k: v for k, v in fields.items() if k not in spent or v is None})
         except (ValueError, TypeError, AttributeError) as error:  # no JSON, a field missing, text in place of a number
             raise ValueError(f"{path}: {error}") from error
@@ -175,7 +175,8 @@ def rope_frequencies(base: float, D: int, scaling: dict | None, device=None):
 
 
 def rope_cos_sin(positions, frequencies, dtype):
-    """Positions (B, T) and frequencies (D/2,) -> cos and sin of the angles that `rotate` turns by, each (B, 1, T, D).
+    """Positions (B, T) and frequencies (D/2,) -> cos and sin of the angles that `rotate` turns by, each (B, 1, T, D). In
+    training all rows have the same positions, (1, T).
 
     Computed in float32 for every dtype: bfloat16 cannot tell position 257 from 256.
     """
@@ -346,19 +347,19 @@ class Decoder(nn.Module):
         if cache is not None:
             positions, S = cache.lengths[:, None] + positions, cache.keys_seen(T)  # (B, T)
         # The masks, built here once for all layers.
-        # Training and prefill (nothing cached, S = T): query t sees keys 0 .. t in every row, a (T, T) triangle that
-        #   needs no tensor: None stands for is_causal=True, the fast path.
-        # Cached decoding (S > T): (B, 1, T, S), most often T = 1. A row with p cached tokens sees keys 0 .. p. Behind
+        # Nothing cached (S = T), in training and when a prompt begins: query t sees keys 0 .. t in every row, a (T, T)
+        #   triangle that needs no tensor: None stands for is_causal=True, the fast path.
+        # Cached (S > T): (B, 1, T, S), most often T = 1. Query t of a row with p cached tokens sees keys 0 .. p + t. Behind
         #   them, up to the S of the longest row, lie leftovers that must stay hidden.
         # Sliding layers get a mask of their own, (1 or B, 1, T, S), only when S exceeds the window.
         mask = None if S == T else visible_keys(positions, S)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
-        turns = rope_frequencies(config.rope_theta, config.head_dim, config.rope_scaling, x.device)  # (D/2,)
-        inputs = {"full_attention": (mask, *rope_cos_sin(positions, turns, x.dtype))}
+        frequencies = rope_frequencies(config.rope_theta, config.head_dim, config.rope_scaling, x.device)  # (D/2,)
+        inputs = {"full_attention": (mask, *rope_cos_sin(positions, frequencies, x.dtype))}
         if config.sliding_layers:
             mask = mask if S <= config.sliding_window else visible_keys(positions, S, config.sliding_window)
-            turns = rope_frequencies(config.rope_local_base_freq, config.head_dim, None, x.device)
-            inputs["sliding_attention"] = (mask, *rope_cos_sin(positions, turns, x.dtype))
+            frequencies = rope_frequencies(config.rope_local_base_freq, config.head_dim, None, x.device)
+            inputs["sliding_attention"] = (mask, *rope_cos_sin(positions, frequencies, x.dtype))
         if config.scale_embedding:  # by a factor rounded to the dtype, as in the reference
             x = x * torch.tensor(math.sqrt(config.hidden_size), dtype=x.dtype)
         for layer in self.model.layers:  # x: (B, T, C)
@@ -479,7 +480,7 @@ def read_tensors(folder: Path, expected: dict, dtype, device) -> dict:
                 raise ValueError(f"{found[head][0]}: tensor {head} differs from {embedding}, but tie_word_embeddings is true")
             del found[head]
         for name in sorted(found.keys() ^ expected.keys()):
-            where, what = (found[name][0], "not expected") if name in found else (path, "missing")
+            where, what = (found[name][0], "not expected") if name in found else (folder, "missing")
             raise ValueError(f"{where}: tensor {name} is {what}")
         for name, tensor in expected.items():
             path, file = found[name]

@@ -6,18 +6,18 @@ Read siked.self_generate before, which calls it, and model.py's Attention after:
     is_finished(texts[0][3], 512)         # False: it was cut off at 512 tokens and must not be trained on
 
 How the batch is kept full; `plan` is a function, the rest is the loop of `decode`:
-    plan        The samples to draw are put in groups whose prompts begin alike: a question under several strategy tags.
+    plan        The samples to draw are put in groups whose prompts begin alike: most often a question under several tags.
     leave       Rows that drew a stop id, or all the tokens that they may, are finished: their texts go out.
     refill      The next groups take the free rows. `prefill` passes what the prompts of a group share through the model
                 once, then the few tokens in which they differ; each such line of its cache is copied to the rows that
-                draw a sample of the prompt.
+                draw a sample of the prompt. From then on no memory is shared: each row has keys and values of its own.
     shrink      When no group waits any more, the running rows are copied to a smaller cache now and then.
     step        One token per row is fed to the model and the next one drawn from the logits. Rows have different
                 lengths: each writes to the cache at its own length, so no row is ever padded inside. On a GPU a step is
                 recorded once as a CUDA graph and then replayed: its hundreds of small kernels start as one.
 
-Dimension letters as in model.py: B rows, T tokens fed per row, S keys seen, H key and value heads, D width of a head,
-C width of the hidden states, V vocabulary size.
+Dimension letters as in model.py: B rows, T tokens fed per row, S keys seen, H_kv key and value heads, D width of a head,
+C width of the hidden states, V vocabulary size; and N for some of the rows.
 """
 import hashlib
 from collections import deque
@@ -46,10 +46,10 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,) tokens held per row
         self.longest = 0          # max(lengths), kept on the host: reading it from a device would make every step wait
         self.capacity = capacity  # tokens per row that the buffers have room for
-        self.buffers = []         # one [keys, values] per layer, (B, H, capacity, D) each
+        self.buffers = []         # one [keys, values] per layer, (B, H_kv, capacity, D) each
 
     def reserve(self, layer_index: int, k, v) -> list:
-        """The layer's [keys, values], with room for `capacity` tokens; made on first use, like k and v (any, H, any, D)."""
+        """The layer's [keys, values], with room for `capacity` tokens; made on first use, like k and v (any, H_kv, any, D)."""
         if layer_index == len(self.buffers):
             self.buffers.append([new.new_zeros(len(self.lengths), new.shape[1], 0, new.shape[3]) for new in (k, v)])
         pair = self.buffers[layer_index]
@@ -75,7 +75,7 @@ class KVCache:
                 self.capacity = max(S, self.capacity * 3 // 2)
         pair = self.reserve(layer_index, k, v)
         for buffer, new in zip(pair, (k, v)):
-            buffer[self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, H, D): the indexed dimensions come first
+            buffer[self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, H_kv, D): the indexed dimensions come first
         return pair[0][:, :, :S], pair[1][:, :, :S]  # views
 
     def advance(self, counts):
@@ -138,7 +138,7 @@ def sample_nucleus(logits, temperature: float, top_p: float, uniforms, looked_at
     lowest = top.gather(1, place.clamp(max=K - 1))                      # (B, 1): the least logit in the nucleus
     if everything:
         return invert(weigh(logits, highest, temperature).where(logits >= lowest, 0), uniforms)
-    ids, order = ids.sort()                                             # (B, K), in the order of `invert`
+    ids, order = ids.sort()  # (B, K), by id: so a uniform picks the same id, however many were looked at
     kept = weights.where(top >= lowest, 0).gather(1, order)
     tokens = ids.gather(1, invert(kept, uniforms)[:, None])[:, 0]  # (B,)
     wider = (top[:, -1:] >= lowest)[:, 0]  # (B,): top_p is not reached, or there may be more of the last one's equals
@@ -206,8 +206,8 @@ def feed(model, cache: KVCache, texts: list[list[int]]):
     return hidden[torch.arange(len(texts), device=device), counts - 1]  # (B, C): padding comes after it
 
 
-def prefill(model, prompts, groups, n_tokens: int, device):
-    """Feeds the prompts of these groups. Returns a cache with a line per prompt, the logits (lines, n_tokens) of each
+def prefill(model, prompts, groups, n_ids: int, device):
+    """Feeds the prompts of these groups. Returns a cache with a line per prompt, the logits (lines, n_ids) of each
     line's next token, and the line of every sample of the groups (N,)."""
     stems, rests, stem_of, line_of = [], [], [], []
     for group in groups:
@@ -222,14 +222,14 @@ def prefill(model, prompts, groups, n_tokens: int, device):
     if any(stems):
         feed(model, cache, stems)
     cache = cache.select(torch.tensor(stem_of, device=device))
-    logits = model.output(feed(model, cache, rests))[:, :n_tokens]  # (lines, n_tokens)
+    logits = model.output(feed(model, cache, rests))[:, :n_ids]  # (lines, n_ids)
     if logits.isnan().any():
         raise ValueError("the model's logits are nan: its weights are broken")
     return cache, logits, torch.tensor(line_of, device=device)
 
 
 def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: float, top_p: float, stop_ids, seed: int,
-           n_tokens: int, cuda_graphs: bool):
+           n_ids: int, cuda_graphs: bool):
     """Draws the samples of the groups in B rows and yields (prompt, sample, text) of each that is finished."""
     device = next(model.parameters()).device
     look_after, block = LOOK_AFTER.get(device.type, 1), BLOCK.get(device.type, 1)
@@ -247,7 +247,7 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
     uniforms = torch.zeros(B, max_new_tokens + 1, device=device)
 
     def draw(rows, logits):
-        """The next token of these rows (N,), from logits (N, n_tokens)."""
+        """The next token of these rows (N,), from logits (N, n_ids)."""
         places = counts[rows].clamp(max=max_new_tokens)                              # (N,)
         new = sample_next_token(logits, temperature, top_p, uniforms[rows, places])  # (N,)
         tokens[rows] = drawn[rows, places] = new
@@ -258,7 +258,7 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
         """Feeds each row's last token and draws the next."""
         hidden = model.hidden(tokens[:, None], cache)  # (B, 1, C)
         cache.advance(1)
-        draw(torch.arange(B, device=device), model.output(hidden[:, 0])[:, :n_tokens])
+        draw(torch.arange(B, device=device), model.output(hidden[:, 0])[:, :n_ids])
 
     def replay_step():
         """A step by a CUDA graph. One that sees so many keys for the first time is taken as usual, and then recorded."""
@@ -275,6 +275,8 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
             graphs[S] = graph
 
     while True:
+        # Rows do not leave one by one: only when all are done, or when the next group fits and enough rows are free for it
+        # to pay, or, once no group waits, when so few run that a smaller cache pays.
         n_free = B - int(running.sum())  # free or finished
         if n_free == B or (n_free >= max(len(groups[0]), FREE_SHARE * B) if groups else n_free > (1 - KEEP_SHARE) * B):
             # leave
@@ -292,7 +294,7 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
             if taken:
                 begun = [job for group in taken for job in group]
                 rows = free[:len(begun)]  # (N,)
-                lines, logits, line_of = prefill(model, prompts, taken, n_tokens, device)
+                lines, logits, line_of = prefill(model, prompts, taken, n_ids, device)
                 cache.put(rows, lines, line_of)
                 for row, job in zip(rows.tolist(), begun):
                     jobs[row] = job
@@ -313,15 +315,15 @@ def decode(model, prompts, groups, B: int, max_new_tokens: int, temperature: flo
             replay_step() if cuda_graphs else step()
 
 
-def check_arguments(config, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size, n_tokens):
+def check_arguments(config, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size, n_ids):
     """Raises a ValueError that names the first unusable argument and its value."""
     V, limit = config.vocab_size, config.max_position_embeddings - max_new_tokens
     checks = [(value >= 1, f"{name} = {value} must be at least 1") for name, value in
               (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size))]
     checks += [(0 <= temperature < float("inf"), f"temperature = {temperature} must be 0 (greedy) or positive"),
                (0 < top_p <= 1, f"top_p = {top_p} must be above 0 and at most 1 (1 = off)"),
-               (1 <= n_tokens <= V, f"n_tokens = {n_tokens} must be between 1 and the model's vocab_size = {V}")]
-    checks += [(0 <= i < n_tokens, f"stop id {i} can never be sampled: ids are 0 to {n_tokens - 1}") for i in stop_ids]
+               (1 <= n_ids <= V, f"n_ids = {n_ids} must be between 1 and the model's vocab_size = {V}")]
+    checks += [(0 <= i < n_ids, f"stop id {i} can never be sampled: ids are 0 to {n_ids - 1}") for i in stop_ids]
     for i, prompt in enumerate(prompts):
         wrong = [token for token in prompt if not 0 <= token < V]
         checks += [(len(prompt) > 0, f"prompt {i} is empty: there is nothing to continue"),
@@ -335,14 +337,14 @@ def check_arguments(config, prompts, n, max_new_tokens, temperature, top_p, stop
 
 @torch.inference_mode()
 def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, temperature: float = 0.0,
-             top_p: float = 1.0, stop_ids, seed: int = 0, batch_size: int = 256, n_tokens: int | None = None,
+             top_p: float = 1.0, stop_ids, seed: int = 0, batch_size: int = 256, n_ids: int | None = None,
              cuda_graphs: bool = True, progress=None) -> list[list[list[int]]]:
     """Samples n continuations of each prompt: [prompt][sample][token], in the caller's order, the stop id left off.
 
     stop_ids        every one of these ids ends a row; if there are none, every sample is max_new_tokens long
     max_new_tokens  tokens per sample, the stop id included: `is_finished` tells the samples that were cut off
     batch_size      rows (prompts x samples) decoded at once
-    n_tokens        ids from here on have no token and are never sampled: the tokenizer's highest id + 1, which can be
+    n_ids        ids from here on have no token and are never sampled: the tokenizer's highest id + 1, which can be
                     less than the model's padded vocabulary; None = all of the model's ids
     cuda_graphs     on a GPU, replay recorded steps: several times as fast as starting each kernel from Python
     progress        called with 1 for each sample when it leaves the batch (tqdm's `update`, say)
@@ -354,15 +356,15 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
 
     The model samples in eval mode and gets its own mode back. ValueError names an argument that cannot be used.
     """
-    n_tokens = model.config.vocab_size if n_tokens is None else n_tokens
+    n_ids = model.config.vocab_size if n_ids is None else n_ids
     stop_ids = set(stop_ids)
-    check_arguments(model.config, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size, n_tokens)
+    check_arguments(model.config, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size, n_ids)
     samples = [[None] * n for _ in prompts]
     was_training = model.training
     model.eval()
     try:
         for prompt, sample, text in decode(model, prompts, plan(prompts, n, batch_size), min(batch_size, n * len(prompts)),
-                                           max_new_tokens, temperature, top_p, stop_ids, seed, n_tokens, cuda_graphs):
+                                           max_new_tokens, temperature, top_p, stop_ids, seed, n_ids, cuda_graphs):
             samples[prompt][sample] = text
             if progress:
                 progress(1)

@@ -89,7 +89,8 @@ def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adap
     student     a Student, trained in place
     questions   list[Question] to train on
     teacher     list[Rationale] to these questions, right and wrong alike: step 0, done by data/toy.py or a real teacher
-    fine_tune   function(student, rationales, round, size) -> optimizer steps, as many as a mix of `size` texts takes
+    fine_tune   function(student, rationales, round, size) -> optimizer steps, as many as a mix of `size` texts takes;
+                train.py passes one that makes examples of the rationales and calls train.fine_tune with them
     sets        dict name -> list[Question] to evaluate on
     first       the round to go on with, if `student` has the weights of the round before it
     stage       function(name, compute) -> compute(), or what it gave under this name before a run was stopped
@@ -103,6 +104,7 @@ def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adap
             generated = check(generated, questions)
             own = filter_correct(generated, keep)                                           #         and filter
             training_mix = mix(teacher, own, mode, adaptive_per)                            # step 4: mix
+        # The control trains for as long as "all" would.
         size = len(teacher) + len(own) if mode == "teacher" else len(training_mix)
         steps = fine_tune(student, training_mix, number, size)                              # step 2: distil, step 5: retrain
         measures = {name: stage(f"{number}: evaluate {name}", lambda: evaluate(student, asked, name, progress))
@@ -206,7 +208,7 @@ class Student:
         highest_id = max(self.tokenizer.get_vocab().values())  # a padded vocabulary has ids without a token behind it
         samples = generate(self.model.cast(self.dtype), prompts, n=n, max_new_tokens=self.max_new_tokens,
                            stop_ids=self.stop_ids, batch_size=self.rows,
-                           n_tokens=min(highest_id + 1, self.model.config.vocab_size), **kwargs)
+                           n_ids=min(highest_id + 1, self.model.config.vocab_size), **kwargs)
         return [[(self.tokenizer.decode(ids).strip(), is_finished(ids, self.max_new_tokens)) for ids in row]
                 for row in samples]
 
@@ -299,25 +301,25 @@ def evaluate(student: Student, questions, name: str = "", progress=no_progress) 
     prompts = [student.prompt(question, way) for question in questions for way in ways]
     with progress(len(prompts), f"evaluate {name}") as update:
         texts = iter(student.answer(prompts, progress=update))
-    answers, free = [], []
+    answers, judged = [], []  # judged: (kind, strategy of the free answer, {way: is its answer right?})
     for question in questions:
         strategy, text = split_tag(next(texts)[0][0])
         right = {None: is_correct(question, strategy, text)}
         right |= {way: is_correct(question, way, next(texts)[0][0]) for way in STRATEGIES}
-        answers.append((question.kind, strategy, right))
-        free.append({"id": question.id, "strategy": strategy, "correct": right[None], "text": text})
+        judged.append((question.kind, strategy, right))
+        answers.append({"id": question.id, "strategy": strategy, "correct": right[None], "text": text})
 
-    def summarise(answers):
-        total, free = len(answers), {way: [right[None] for _, s, right in answers if s == way] for way in STRATEGIES}
-        return {"accuracy": sum(right[None] for *_, right in answers) / total,
-                "correct": sum(right[None] for *_, right in answers), "total": total,
-                "share": {way: len(of) / total for way, of in free.items()},
-                "accuracy_within": {way: sum(of) / len(of) if of else None for way, of in free.items()},
-                "forced": {way: sum(right[way] for *_, right in answers) / total for way in STRATEGIES}}
+    def summarise(judged):
+        total, chosen = len(judged), {way: [right[None] for _, s, right in judged if s == way] for way in STRATEGIES}
+        return {"accuracy": sum(right[None] for *_, right in judged) / total,
+                "correct": sum(right[None] for *_, right in judged), "total": total,
+                "share": {way: len(of) / total for way, of in chosen.items()},
+                "accuracy_within": {way: sum(of) / len(of) if of else None for way, of in chosen.items()},
+                "forced": {way: sum(right[way] for *_, right in judged) / total for way in STRATEGIES}}
 
-    kinds = sorted({kind for kind, *_ in answers} - {""})
-    by_kind = {kind: summarise([a for a in answers if a[0] == kind]) for kind in kinds}
-    return summarise(answers) | {"kinds": by_kind, "answers": free}
+    kinds = sorted({kind for kind, *_ in judged} - {""})
+    by_kind = {kind: summarise([one for one in judged if one[0] == kind]) for kind in kinds}
+    return summarise(judged) | {"kinds": by_kind, "answers": answers}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

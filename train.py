@@ -140,10 +140,10 @@ class SharingStudent(Student):
     others (see sampler.generate), so it is the one that a single process writes."""
 
     def answer(self, prompts, n=1, **kwargs):
-        mine = prompts[len(prompts) * RANK // WORLD:len(prompts) * (RANK + 1) // WORLD]
-        stretches = [super().answer(mine, n, **kwargs)]
+        mine = super().answer(prompts[len(prompts) * RANK // WORLD:len(prompts) * (RANK + 1) // WORLD], n, **kwargs)
+        stretches = [mine]
         if WORLD > 1:
-            mine, stretches = stretches[0], [None] * WORLD
+            stretches = [None] * WORLD
             dist.all_gather_object(stretches, mine)
         return [texts for stretch in stretches for texts in stretch]
 
@@ -195,9 +195,11 @@ def output_loss(states, targets, weight, weight_grad, room, scale: float):
     """
     loss, grads = torch.zeros((), device=states.device), torch.empty_like(states)
     for state, target, grad in zip(*(whole.split(len(room)) for whole in (states.to(weight.dtype), targets, grads))):
+        # state (n, C), target (n,), grad (n, C), the last a view: what is copied to it is in grads
         logits, each = room[:len(state)], torch.arange(len(state), device=state.device)  # (n, V) float32, and (n,)
         project(state, weight, logits)
         wanted, highest = logits[each, target], logits.amax(-1)    # (n,)
+        # In place, the logits become exponentials, then probabilities times scale, then the gradient by the logits.
         total = logits.sub_(highest[:, None]).exp_().sum(-1)       # (n,)
         loss += (total.log() + highest - wanted).sum()
         logits *= scale / total[:, None]
@@ -234,12 +236,11 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
     """Trains the student's model in place for `steps` optimizer updates on examples [(prompt ids, target ids)].
 
     checkpoint: a file that gets what a stopped training needs to go on, every --save-minutes. If it is there and is of a
-    training with the same arguments, this one goes on from it: the result is the same to the bit. ValueError if the loss
-    is not finite.
+    training with the same name, seed, steps and examples, this one goes on from it: the result is the same to the bit.
+    ValueError if the loss is not finite.
 
-    A step takes several small batches because each holds texts of alike length. In a step of one batch, the tokens of a
-    short text are divided by few others: the tag of a program weighs more than that of a Chain of Thought, which
-    draws the student's choice to programs.
+    A step takes several batches, each of texts of alike length, because of what one alone would do: see number 3 of "What we
+    found on the way" in the README.
     """
     model, dtype = student.model.train(), getattr(torch, args.dtype)
     model.checkpointing = args.checkpointing
@@ -247,10 +248,10 @@ def fine_tune(student: Student, examples, steps: int, args, seed: int, name: str
         model.add_lora(args.lora, args.lora_alpha, seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = {parameter: parameter.data for parameter in model.parameters() if not parameter.requires_grad}
-    for parameter in frozen:  # what is computed with; the adapters are merged into the float32 weights
+    for parameter in frozen:  # cast for the passes; the float32 originals come back at the end, to merge the adapters into
         parameter.data = parameter.data.to(dtype)
-    # The gradients are there from the start and zeroed after each step, since output_loss and the embedding, by a sparse
-    # gradient, add to them in place: that saves a second matrix as large as the embedding's.
+    # The gradients exist from the start: output_loss adds the output layer's in place, and the embedding's, which is sparse,
+    # is added to the same matrix where the two are tied. So there is never a second one of that size.
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     model.model.embed_tokens.sparse = not args.lora
@@ -455,7 +456,7 @@ def check_lengths(student: Student, questions) -> None:
                          f"more than the student's {positions} positions")
 
 
-def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, iterations: int, start: str = "",
+def train_run(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, iterations: int, start: str = "",
            strategy: str = "", total_steps: int = 0) -> int:
     """Trains the models of one run, without those that an earlier call has finished.
 
@@ -468,6 +469,8 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
     questions, teacher, sets = data
     teacher = [r for r in teacher if strategy in ("", r.strategy)]
     by_id = {question.id: question for question in questions}
+    # A control that should take another number of steps is another model, and is made anew. Otherwise this run goes on after
+    # the last of its models, or after `start`'s.
     done = folder.find(seed=seed, run=run, **({"steps": total_steps} if total_steps else {}))
     done = done or folder.find(seed=seed, run=start)
     first, steps, previous = 0, 0, args.model
@@ -478,7 +481,8 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
     stage = folder.stages(seed, run)
 
     def train_on(student, rationales, iteration, size):
-        """Trains the student and saves it, or loads it if that was done before the run was stopped."""
+        """Trains the student and saves it, unless that was done before the run was stopped; in any case reads it back, so
+        that all processes, and a run that goes on, have the same bits."""
         path = folder.model_folder(seed, run, iteration)
         steps = stage(f"{iteration}: train", lambda: train_and_save(student, rationales, iteration, size, path))
         student.model = Decoder.from_pretrained(path, device=args.device)
@@ -510,6 +514,7 @@ def follow(run: str, args, data, folder: RunFolder, seed: int, *, mode: str, ite
         student = SharingStudent.load(previous, args.max_new_tokens, args.rows, getattr(torch, args.dtype), args.device)
         check_lengths(student, [question for asked in (questions, *sets.values()) for question in asked])
         started = time.time()
+        # 1000: siked adds the round to its seed, and no two seeds should draw the same samples.
         for result in siked.siked(student, questions, teacher, train_on, sets, mode=mode, adaptive_per=args.adaptive_per,
                                   iterations=iterations, samples=args.samples, keep=args.keep, first=first, seed=1000 * seed,
                                   temperature=args.temperature, top_p=args.top_p, progress=progress, stage=stage):
@@ -586,14 +591,14 @@ def main() -> None:
         questions, teacher, sets = data
         print(f"seed {seed}: {len(questions)} training questions, {len(teacher)} teacher rationales ({count_reasons(teacher)}); "
               "to evaluate on: " + ", ".join(f"{name} {len(asked)}" for name, asked in sets.items()))
-        follow("combined", args, data, folder, seed, mode="all", iterations=0)
+        train_run("combined", args, data, folder, seed, mode="all", iterations=0)
         modes = dict.fromkeys(("all", "adaptive", "self", args.mix) if args.compare else (args.mix,))
-        steps = {mode: follow(f"siked-{mode}" if mode in ("all", "adaptive") else f"{mode}-only", args, data, folder, seed,
+        steps = {mode: train_run(f"siked-{mode}" if mode in ("all", "adaptive") else f"{mode}-only", args, data, folder, seed,
                               mode=mode, iterations=args.iters, start="combined") for mode in modes}[args.mix]
         if args.compare:  # the controls train for as many steps as the run of --mix did in all
-            follow("combined-same-steps", args, data, folder, seed, mode="all", iterations=0, total_steps=steps)
+            train_run("combined-same-steps", args, data, folder, seed, mode="all", iterations=0, total_steps=steps)
             for strategy in STRATEGIES:
-                follow(f"{strategy}-only", args, data, folder, seed, mode="all", iterations=0, strategy=strategy,
+                train_run(f"{strategy}-only", args, data, folder, seed, mode="all", iterations=0, strategy=strategy,
                        total_steps=steps)
     if RANK == 0:
         print(f"\nAll models: accuracy and share of answers in %\n{write_report(args.out)}")

@@ -292,7 +292,7 @@ def test_ids_without_a_token_are_never_sampled(model, how):
             return logits
 
     how = dict(max_new_tokens=20, stop_ids=[], **how)
-    samples = generate(PaddedVocabulary(model), ragged_prompts(5), n=4, n_tokens=40, **how)
+    samples = generate(PaddedVocabulary(model), ragged_prompts(5), n=4, n_ids=40, **how)
     assert max(token for texts in samples for text in texts for token in text) < 40
     samples = generate(PaddedVocabulary(model), [[5]], **how)
     assert min(samples[0][0]) >= 40, "without the limit these logits win"
@@ -373,10 +373,10 @@ def test_no_prompts(model):
     (dict(temperature=float("nan")), "temperature = nan"),
     (dict(top_p=0.0), "top_p = 0.0"),
     (dict(top_p=1.5), "top_p = 1.5"),
-    (dict(n_tokens=51), "n_tokens = 51"),
-    (dict(n_tokens=0), "n_tokens = 0"),
+    (dict(n_ids=51), "n_ids = 51"),
+    (dict(n_ids=0), "n_ids = 0"),
     (dict(stop_ids=[3, 50]), "stop id 50"),
-    (dict(stop_ids=[45], n_tokens=40), "stop id 45"),
+    (dict(stop_ids=[45], n_ids=40), "stop id 45"),
     (dict(prompts=[[5], []]), "prompt 1 is empty"),
     (dict(prompts=[[5, 50]]), "prompt 0 holds the ids [50]"),
     (dict(prompts=[[5], [5, -1]]), "prompt 1 holds the ids [-1]"),

@@ -496,7 +496,7 @@ def run_loop(student, **settings):
         calls.append((rationales, round, size))
         return 10 + round
 
-    return list(siked(student, ASKED, LESSONS, note, {"test": [ANN]}, **({"iterations": 1} | settings))), calls
+    return list(siked(student, ASKED, LESSONS, note, {"test": [ANN]}, **({"iterations": 1, "samples": 4} | settings))), calls
 
 
 @pytest.mark.parametrize("mode, per, n_teacher, n_own, size", [

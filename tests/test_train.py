@@ -571,7 +571,7 @@ def run_main(monkeypatch, arguments):
 def train_combined(tmp_path, *more, **how):
     args = parse_args(flags(tmp_path, *more))
     folder = RunFolder(args)
-    steps = train.follow("combined", args, read_data(args.data, args.held_out, 0), folder, 0,
+    steps = train.train_run("combined", args, read_data(args.data, args.held_out, 0), folder, 0,
                          **({"mode": "all", "iterations": 0} | how))
     return folder, steps
 
