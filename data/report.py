@@ -155,8 +155,9 @@ def draw(folder: Path, metrics: list[dict], run: str) -> str:
                   capsize=3, marker="o", label=run)
     if control := find(metrics, run="combined-same-steps", set="test"):
         values = [100 * line["accuracy"] for line in control]
-        left.axhline(statistics.mean(values), color="tab:gray", linestyle="--",
-                     label=f"teacher's texts alone, {control[0]['steps']} steps as well")
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+        left.axhline(mean, color="tab:gray", linestyle="--", label="teacher's texts alone, as many steps in all")
+        left.axhspan(mean - spread, mean + spread, color="tab:gray", alpha=0.15, linewidth=0)
     left.set(xlabel="round (0: distilled from the teacher)", ylabel="accuracy on the test set, %", xticks=list(rounds),
              ylim=(0, 100))
     left.legend(loc="lower right", fontsize=8)
