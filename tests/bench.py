@@ -5,8 +5,8 @@
     python tests/bench.py sample sft                    # only these parts; the others are limits and growth
 
 Every measurement is a process of its own. Ours and those of the peers that are installed (transformers, trl, peft) take
-turns, --repeats times; what is printed are medians, with the least and the greatest. A peer with a setting to choose,
-such as a batch size, is tried with each, and measured with its fastest. Both sides get the same prompts or examples,
+turns, --repeats times; what is printed are medians, with the least and the greatest. Where there is a batch size or
+packing to choose, each is tried once, and the fastest is measured. Both sides get the same prompts or examples,
 dtype, sampling settings and number of optimizer steps. Run it on a machine that does nothing else.
 """
 import argparse
@@ -199,20 +199,22 @@ def setting(job) -> dict:
     return {key: job[key] for key in ("batch", "packing", "order") if key in job}
 
 
-def compare_all(repeats: int, limits: dict, title: str, unit: str, ours, peers) -> None:
-    """Prints a line per contestant. ours: (function name, job); peers: {label: [(function name, job), ...]}."""
+def compare_all(repeats: int, limits: dict, title: str, unit: str, choices: dict) -> None:
+    """Prints a line per contestant. choices: {label: [(function name, job), ...]}, "ours" first; the fastest job counts."""
     print(f"\n{title}", flush=True)
-    contestants = {"ours": ours}
-    patience = 10 * run_child(ours[0], **ours[1])["seconds"] + 60  # or the continuous batching of a CPU takes all day
-    for label, choices in peers.items():
+    contestants, patience = {}, None
+    for label, jobs in choices.items():
         tried = []
-        for name, job in choices:
+        for name, job in jobs:
             try:
                 tried.append((run_child(name, patience, **job)["seconds"], job))
+                print(f"  tried: {label} {setting(job)}: {tried[-1][0]:.3g} s", flush=True)
             except RuntimeError as error:
-                print(f"  {label} {setting(job)}: {error}", flush=True)
+                print(f"  tried: {label} {setting(job)}: {error}", flush=True)
         if tried:
-            contestants[label] = (name, min(tried, key=lambda pair: pair[0])[1])
+            seconds, job = min(tried, key=lambda pair: pair[0])
+            contestants[label] = name, job
+            patience = patience or 10 * seconds + 60  # or the continuous batching of a CPU takes all day
     results = {label: [] for label in contestants}
     for _ in range(repeats):
         for label, (name, job) in contestants.items():
@@ -280,14 +282,16 @@ def main() -> None:
     def compare_sampling(title, ours_batch, their_batches, job):
         peers = {"transformers generate": [("measure_transformers_sampling", job | {"batch": b}) for b in their_batches],
                  "transformers generate_batch": [("measure_transformers_sampling", job | {"batch": 0})]}
-        compare(title, "samples", ("measure_sampling", job | {"batch": ours_batch}), peers if has["transformers"] else {})
+        compare(title, "samples", {"ours": [("measure_sampling", job | {"batch": ours_batch})]} | (
+            peers if has["transformers"] else {}))
 
-    def compare_sft(title, ours_batch, job):
+    def compare_sft(title, ours_batches, job):
         job["out"] = str(out / "trl")
         peers = {"trl SFTTrainer": [("measure_trl_sft", job | {
             "batch": b, "packing": b == 1, "order": "random" if b == 1 else "group_by_length"})
             for b in (1, 2, 4, 8, 16) if b <= job["per step"]]}
-        compare(title, "examples", ("measure_sft", job | {"batch": ours_batch}), peers if all(has.values()) else {})
+        compare(title, "examples", {"ours": [("measure_sft", job | {"batch": b}) for b in ours_batches]} | (
+            peers if all(has.values()) else {}))
 
     if "sample" in args.parts:
         compare_sampling("Sampling, embedded student, float32, 100 questions x 3 tags x 10, temperature 0.7", 256, (60, 120, 240),
@@ -297,10 +301,10 @@ def main() -> None:
                              96, (16, 96), write_items(args.model, args.data, 8) | {
                                  "n": n, "tokens": 64, "temperature": temperature, "dtype": dtype, "stops": []})
     if "sft" in args.parts:
-        compare_sft("SFT, embedded student, float32, 800 examples, 16 a step", 4, write_items(embedded, toy, 0, 800) | {
+        compare_sft("SFT, embedded student, float32, 800 examples, 16 a step", (4, 16), write_items(embedded, toy, 0, 800) | {
             "per step": 16, "dtype": "float32", "lora": 0})
         for title, lora in (("all weights", 0), ("LoRA 16", 16)) if args.model else ():
-            compare_sft(f"SFT, {args.model}, {dtype}, {title}, 32 examples, 8 a step", 2, write_items(
+            compare_sft(f"SFT, {args.model}, {dtype}, {title}, 32 examples, 8 a step", (2, 8), write_items(
                 args.model, args.data, 0, 32) | {"per step": 8, "dtype": dtype, "lora": lora})
     if "growth" in args.parts:
         print("\nGrowth: embedded student, no stops, batches of 256")
