@@ -344,7 +344,7 @@ def generate(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int
     stop_ids        every one of these ids ends a row; if there are none, every sample is max_new_tokens long
     max_new_tokens  tokens per sample, the stop id included: `is_finished` tells the samples that were cut off
     batch_size      rows (prompts x samples) decoded at once
-    n_ids        ids from here on have no token and are never sampled: the tokenizer's highest id + 1, which can be
+    n_ids           ids from here on have no token and are never sampled: the tokenizer's highest id + 1, which can be
                     less than the model's padded vocabulary; None = all of the model's ids
     cuda_graphs     on a GPU, replay recorded steps: several times as fast as starting each kernel from Python
     progress        called with 1 for each sample when it leaves the batch (tqdm's `update`, say)

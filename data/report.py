@@ -43,6 +43,11 @@ def name_of(line: dict) -> str:
     return f"{line['run']} {line['iteration']}" if line["iteration"] else line["run"]
 
 
+def folder_of(folder: Path, line: dict) -> Path:
+    """Where train.py keeps this model."""
+    return folder / f"seed-{line['seed']}" / name_of(line).replace(" ", "-")
+
+
 def models_of(metrics: list[dict], run: str, seed: int) -> list[dict]:
     """The test lines of a run's models in order, that of "combined" first, which the rounds of SIKeD go on from."""
     lines = find(metrics, seed=seed, run=run, set="test")
@@ -88,8 +93,7 @@ def describe_choices(folder: Path, metrics: list[dict], run: str, seed: int) -> 
     parts = [format_table([{
         "model": name_of(line), **{f"{s}: share": line["share"][s] for s in STRATEGIES},
         **{f"{s}: right": line["accuracy_within"][s] for s in STRATEGIES}} for line in models])]
-    answers = [{a["id"]: a for a in read(folder / f"seed-{seed}" / name_of(line).replace(" ", "-") / "answers.jsonl")
-                if a["set"] == "test"} for line in models]
+    answers = [{a["id"]: a for a in read(folder_of(folder, line) / "answers.jsonl") if a["set"] == "test"} for line in models]
     for before, after, earlier, later in zip(models, models[1:], answers, answers[1:]):
         changes, gained, lost = Counter(), Counter(), Counter()
         for id in earlier.keys() & later.keys():
@@ -122,8 +126,7 @@ def verdict(rationale: dict, mixed: bool) -> str:
 
 def show_questions(folder: Path, data: Path, line: dict) -> str:
     """Some training questions with the texts that the student wrote for the mix of this model."""
-    model = folder / f"seed-{line['seed']}" / name_of(line).replace(" ", "-")
-    texts, mixed = read(model / "self.jsonl"), read(model / "mix.jsonl")
+    texts, mixed = (read(folder_of(folder, line) / name) for name in ("self.jsonl", "mix.jsonl"))
     questions = {q["id"]: q for q in read(data / "train.jsonl")}
     ids = [id for id in dict.fromkeys(text["id"] for text in texts) if id in questions]
     parts = []
