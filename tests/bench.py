@@ -77,6 +77,7 @@ def read_items(job):
 
 
 def measure_sampling(job):
+    train.keep_freed_memory()
     prompts, student = read_items(job), siked.Student.load(job["model"])
     model, how = student.model.cast(getattr(torch, job["dtype"])), dict(
         n=job["n"], temperature=job["temperature"], top_p=0.95, batch_size=job["batch"], stop_ids=job["stops"])
@@ -130,6 +131,7 @@ def measure_transformers_sampling(job):
 
 
 def measure_sft(job):
+    train.keep_freed_memory()
     examples, student = read_items(job), siked.Student.load(job["model"])
     args = train.parse_args(["--batch-size", str(job["batch"]), "--accumulation", str(job["per step"] // job["batch"]),
                              "--lr", "1e-5", "--dtype", job["dtype"], "--lora", str(job["lora"]), "--device", "cpu"])

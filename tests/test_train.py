@@ -328,6 +328,21 @@ def test_training_lowers_the_loss(capsys):
     assert len(logged) >= 3 and logged[-1] < logged[0] and logged[-1] == pytest.approx(loss(), abs=0.2)
 
 
+def test_freed_memory_is_kept():
+    """Page faults of five tensors of 100 MB, after five others, in a process of its own, since the setting stays."""
+    count = ("import resource, sys, torch, train\n"
+             "if len(sys.argv) > 1: train.keep_freed_memory()\n"
+             "for _ in range(5): torch.ones(25_000_000)\n"
+             "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+             "for _ in range(5): torch.ones(25_000_000)\n"
+             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
+    with_setting, without = (int(subprocess.run([sys.executable, "-c", count, *more], cwd=train.HERE, check=True,
+                                                capture_output=True, text=True).stdout) for more in (["keep"], []))
+    if without < 10_000:
+        pytest.skip(f"{without} page faults without the setting, too: another allocator, or huge pages")
+    assert with_setting < without / 100
+
+
 def test_same_seed_gives_the_same_weights_to_the_bit():
     """And another seed gives others: the order of the examples is what it decides."""
     def trained(seed):
