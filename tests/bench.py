@@ -2,7 +2,8 @@
 
     python tests/bench.py                               # embedded student; a distilled one is made first, in out-bench/
     python tests/bench.py --model GEMMA_FOLDER --data GSM8K_FOLDER      # also a real checkpoint, on real questions
-    python tests/bench.py sample sft                    # only these parts; the others are limits and growth
+    python tests/bench.py sample sft                    # only these parts; the others are growth and students
+    python tests/bench.py students                      # the paper's students on a GPU: memory and speed by the paper's preset
 
 Every measurement is a process of its own. Ours and those of the peers that are installed (transformers, trl, peft) take
 turns, --repeats times; what is printed are medians, with the least and the greatest. Where there is a batch size or
@@ -15,12 +16,14 @@ import importlib.util
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -28,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import siked  # noqa: E402
 import train  # noqa: E402
+from model import Config, Decoder  # noqa: E402
 from sampler import generate  # noqa: E402
 
 
@@ -170,6 +174,52 @@ def measure_trl_sft(job):
     return {"seconds": seconds, "items": len(examples), "steps": trainer.state.global_step}
 
 
+# {name: (config.json, rows)}: the sizes of the paper's students, and as many rows as an 80 GB card has room for
+STUDENTS = {
+    "Qwen2 0.5B": ({"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+                    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}, 256),
+    "Qwen2 1.5B": ({"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+                    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}, 256),
+    "SmolLM 1.7B": ({"model_type": "llama", "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192,
+                     "num_hidden_layers": 24, "num_attention_heads": 32}, 256),
+    "Gemma 2B": ({"model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048, "intermediate_size": 16384,
+                  "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1}, 256),
+    "Gemma 7B": ({"model_type": "gemma", "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576,
+                  "num_hidden_layers": 28, "num_attention_heads": 16}, 32),
+}
+
+
+def measure_student(job):
+    """With random weights and tokens: those change neither memory nor time."""
+    device, rows, random_ids = train.parse_args([]).device, job["rows"], random.Random(0)
+
+    def write(count):
+        return [random_ids.randrange(job["config"]["vocab_size"]) for _ in range(count)]
+
+    def measure(function):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        seconds, _ = timed(lambda: (function(), torch.cuda.synchronize()))
+        return seconds, torch.cuda.max_memory_allocated() / 1e9
+
+    with torch.device(device):
+        model = Decoder(Config(tie_word_embeddings=True, **job["config"]))
+    examples, results = [(write(120), write(180)) for _ in range(64)], []
+    for batch in (2, 8):
+        args = train.parse_args(["--preset", "paper", "--dtype", "bfloat16", "--batch-size", str(batch),
+                                 "--accumulation", str(8 // batch)])
+        for steps in (1, 8):  # the first is a warm-up
+            seconds, gigabytes = measure(lambda: train.fine_tune(SimpleNamespace(model=model), examples, steps, args, 0, "sft"))
+        results += [f"{8 * steps / seconds:.0f} examples/s, {gigabytes:.1f} GB"]
+    cast = model.cast(torch.bfloat16)  # both are there, as in a run
+    prompts = [question + write(3) for question in [write(280) for _ in range(rows)] for _ in range(3)][:rows // 10]
+    for new in (2, 512):
+        seconds, gigabytes = measure(lambda: generate(
+            cast, prompts, n=10, max_new_tokens=new, temperature=0.7, top_p=0.95, stop_ids=[], batch_size=rows))
+    return {"text": f"SFT 2 x 4: {results[0]}; 8 x 1: {results[1]}; sampling in {rows} rows: "
+                    f"{10 * len(prompts) * new / seconds:,.0f} tokens/s, {gigabytes:.1f} GB"}
+
+
 def peak_memory() -> float:
     """GiB; of this process alone, while getrusage begins with what the parent had."""
     status = Path("/proc/self/status")
@@ -240,7 +290,7 @@ def compare_all(repeats: int, limits: dict, title: str, unit: str, choices: dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("limits", "sample", "sft", "growth")
-    parser.add_argument("parts", nargs="*", default=parts, metavar="part", help=", ".join(parts))
+    parser.add_argument("parts", nargs="*", default=parts, metavar="part", help=f"{', '.join(parts)}, students")
     parser.add_argument("--model", help="a real checkpoint, a folder")
     parser.add_argument("--data", default=str(ROOT / "data/toy"), help="for it: train.jsonl and teacher.jsonl")
     parser.add_argument("--repeats", type=int, default=5)
@@ -250,8 +300,15 @@ def main() -> None:
         result = globals()[args.child.pop("name")](args.child)
         print(json.dumps(result | {"GiB": peak_memory()}))
         return
-    if unknown := set(args.parts) - set(parts):
-        parser.error(f"{', '.join(unknown)}: the parts are {', '.join(parts)}")
+    if unknown := set(args.parts) - {*parts, "students"}:
+        parser.error(f"{', '.join(unknown)}: the parts are {', '.join(parts)}, students")
+    if args.parts == ["students"]:
+        if not torch.cuda.is_available():
+            parser.error("students: there is no GPU")
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16")
+        for name, (config, rows) in STUDENTS.items():
+            print(f"{name}: {run_child('measure_student', config=config, rows=rows)['text']}", flush=True)
+        return
     has = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "trl", "peft", "datasets")}
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; peers: "
           + (", ".join(f"{name} {importlib.metadata.version(name)}" for name in has if has[name]) or "none is installed"))
