@@ -363,7 +363,7 @@ def main() -> None:
         compare_sft("SFT, embedded student, float32, 800 examples, 16 a step", (4, 16), write_items(embedded, toy, 0, 800) | {
             "per step": 16, "dtype": "float32", "lora": 0})
         for title, lora in (("all weights", 0), ("LoRA 16", 16)) if args.model else ():
-            compare_sft(f"SFT, {args.model}, {dtype}, {title}, 32 examples, 8 a step", (2, 8), write_items(
+            compare_sft(f"SFT, {args.model}, {dtype}, {title}, 32 examples, 8 a step", (2, 4, 8), write_items(
                 args.model, args.data, 0, 32) | {"per step": 8, "dtype": dtype, "lora": lora})
     if "growth" in args.parts:
         print("\nGrowth: embedded student, no stops, batches of 256")
