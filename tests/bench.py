@@ -2,7 +2,7 @@
 
     python tests/bench.py                               # embedded student; a distilled one is made first, in out-bench/
     python tests/bench.py --model GEMMA_FOLDER --data GSM8K_FOLDER      # also a real checkpoint, on real questions
-    python tests/bench.py sample sft                    # only these parts; the others are growth and students
+    python tests/bench.py sample sft                    # only these parts; the others: limits, growth, students
     python tests/bench.py students                      # the paper's students on a GPU: memory and speed by the paper's preset
 
 Every measurement is a process of its own. Ours and those of the peers that are installed (transformers, trl, peft) take
@@ -302,13 +302,14 @@ def main() -> None:
         return
     if unknown := set(args.parts) - {*parts, "students"}:
         parser.error(f"{', '.join(unknown)}: the parts are {', '.join(parts)}, students")
-    if args.parts == ["students"]:
+    if "students" in args.parts:
         if not torch.cuda.is_available():
             parser.error("students: there is no GPU")
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16")
         for name, (config, rows) in STUDENTS.items():
             print(f"{name}: {run_child('measure_student', config=config, rows=rows)['text']}", flush=True)
-        return
+        if set(args.parts) == {"students"}:
+            return
     has = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "trl", "peft", "datasets")}
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; peers: "
           + (", ".join(f"{name} {importlib.metadata.version(name)}" for name in has if has[name]) or "none is installed"))
