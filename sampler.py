@@ -5,7 +5,7 @@ Read siked.self_generate before, which calls it, and model.py's Attention after:
     texts[0][3]                           # sample 3 of prompt 0: a list of ids, without the stop id
     is_finished(texts[0][3], 512)         # False: it was cut off at 512 tokens and must not be trained on
 
-How the batch is kept full; `plan` is a function, the rest is the loop of `decode`:
+How the batch is kept full: `plan` is called before, the others are comments in the loop of `decode`:
     plan        The samples to draw are put in groups whose prompts begin alike: most often a question under several tags.
     leave       Rows that drew a stop id, or all the tokens that they may, are finished: their texts go out.
     refill      The next groups take the free rows. `prefill` passes what the prompts of a group share through the model
