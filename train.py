@@ -575,7 +575,7 @@ def print_iteration(run: str, result: siked.Iteration, questions) -> None:
 def keep_freed_memory() -> None:
     """Makes glibc's malloc keep what is freed. Otherwise it returns large tensors to the system, and the next one of the same
     size begins with pages that the system fills with zeros one by one: up to a fifth of a step's time on a CPU. The price
-    is memory that lies in pieces: the peak is up to a third higher."""
+    is memory that lies in pieces: the peak is up to four tenths higher."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
         mallopt(-4, 0)   # M_MMAP_MAX: no tensor gets a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut
