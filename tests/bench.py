@@ -229,7 +229,7 @@ def peak_memory() -> float:
 # The parent
 
 
-# What train.keep_freed_memory sets, for the peers too: it is no merit of ours, and brings them up to half of their time.
+# What train.keep_freed_memory sets, for the peers too: it is no merit of ours, and saves them up to half of the time.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 62)}
 
 
