@@ -1,382 +1,305 @@
-"""SIKeD, Self-guided Iterative Knowledge Distillation: the method itself. `siked()` is the whole loop.
+"""SIKeD, Self-guided Iterative Knowledge Distillation: the method, without a single tensor.
 
-A large teacher solves word problems in three strategies. A small student that is trained on all of them has no reason to
-prefer one for a question: it falls back on a favourite, also where that one fails. SIKeD lets the student's own correct
-answers decide which strategy suits which question. The README and the comments below use the same numbers:
+A large teacher solves word problems in three strategies. A small student learns all three, but not
+which one suits a question: it falls back on a favourite. SIKeD lets the student's own correct
+answers decide that. The README and the comments below use the same numbers:
 
-    0 teacher data   1 filter   2 distil   3 self-generate   4 mix   5 retrain   6 evaluate   7 repeat
+    0 teacher data  1 filter  2 distil  3 self-generate  4 mix  5 retrain  6 evaluate  7 repeat
 
-One question in the three strategies, as the student is trained to answer it. <end> is the end token:
+One question in the three strategies, as the student is trained to answer it. Least-to-Most (l2m)
+goes from the goal back to what is known, then answers forwards:
 
-    prompt    Ben has 14 cards. Ben buys 5, then doubles the pile. How many cards does Ben have now?\\n
-    target    [cot]: at the start: 14. 14 + 5 = 19. 19 * 2 = 38. Final answer: 38<end>
-    target    [l2m]: step 2: step 1 * 2? step 1: at the start + 5? at the start: 14. ... Final answer: 38<end>
-    target    [pot]: answer = (14 + 5) * 2<end>
+    prompt    Every guest brings 3 more cards than who invited them. Sam brings 21. Eve was invited
+              by Sam. Hugo was invited by Eve. ... How many cards does Hugo bring?
+    target    [cot]: Sam: 21. Eve: 21 + 3 = 24. Hugo: 24 + 3 = 27. Final answer: 27<end>
+    target    [l2m]: Hugo needs Eve + 3. Eve needs Sam + 3. Sam: 21. 21 + 3 = 24. 24 + 3 = 27.
+              Final answer: 27<end>
+    target    [pot]: answer = (21 + 3) + 3<end>
 
-Source: Adarsh, Shridhar, Gulcehre, Monath, Sachan, Findings of ACL 2025, doi 10.18653/v1/2025.findings-acl.513.
-Begin here, with `siked()`. Then data/answers.py (what is "correct"?), train.py (steps 2 and 5), sampler.py (step 3), model.py.
+Source: Adarsh, Shridhar, Gulcehre, Monath, Sachan, Findings of ACL 2025,
+doi 10.18653/v1/2025.findings-acl.513.
+
+Begin with `siked()`. Then read data/answers.py (what is correct?), train.py (steps 2 and 5),
+sampler.py (how the student writes) and model.py.
 """
-import json
 import math
 import re
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from fractions import Fraction
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-from tokenizers import Tokenizer
+from data.answers import STRATEGIES, is_correct
+from data.files import Data, Rationale, saved, saved_rationales
 
-from data.answers import STRATEGIES, numeric_answer, parse_number, same_number
-from model import Decoder, write_beside
-from sampler import generate, is_finished
-
-MODES = ("all", "adaptive", "self", "teacher")
-TEXTS_AT_ONCE = 8192  # a part of self-generation: many batches, so that the last one, which empties, is a small share
-LONGEST_LINE = 10_000_000  # bytes of a data file; a longer one is no question
+MIXES = ("adaptive", "adaptive-per-strategy", "all", "self", "teacher")
+SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # of own texts
+TEXTS_IN_A_PART = 8192  # own texts in one file: a kill loses at most one file
 
 
 @dataclass(frozen=True)
-class Question:
-    id: str
-    text: str
-    answer: Fraction                # the gold answer
-    kind: str = ""                  # results are also given by kind, where the file names one
-
-
-@dataclass(frozen=True)
-class Rationale:
-    id: str                         # of its question
-    strategy: str                   # one of STRATEGIES
-    text: str
-    source: str = "teacher"         # or "student"
-    finished: bool = True           # False: cut off by the token limit; such a text is never trained on, even if right
-    correct: bool | None = None     # None: not checked yet
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What one round did. Round 0 is plain distillation ("Combined"): nothing self-generated, the teacher's mix."""
+class Round:
+    """What one round did. Round 0 is plain distillation: the teacher's rationales alone."""
     number: int
-    generated: list[Rationale]
-    own: list[Rationale]            # of the generated: correct, finished, distinct
-    training_mix: list[Rationale]
-    steps: int                      # optimizer updates
-    measures: dict[str, dict]       # evaluation set -> what `evaluate` returns
-    figure_2: dict                  # what `measure_mix` returns
+    generated: list[Rationale]      # what the student wrote
+    own: list[Rationale]            # the part of it that was kept
+    training_mix: list[Rationale]   # what the student was then trained on
+    results: dict[str, list[dict]]  # evaluation set -> what `evaluate` returns
 
 
-@contextmanager
-def no_progress(total: int, what: str):
-    """Stands for a progress bar: yields the function that is told how many more texts are finished, here none."""
-    yield None
+def siked(student, data: Data, train, folders, mode="adaptive", samples=1, keep=1, seed=0):
+    """The method. Yields a Round when it is done, round 0 first.
 
-
-def compute_now(name: str, compute):
-    """Stands for a store of finished work."""
-    return compute()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
-
-
-def siked(student, questions, teacher, fine_tune, sets, *, mode="adaptive", adaptive_per="question", iterations=3,
-          samples=1, keep=1, temperature=0.7, top_p=0.95, seed=0, first=0, progress=no_progress, stage=compute_now):
-    """The numbered steps of the method. Yields an Iteration after each round, round 0 first.
-
-    student     a Student, trained in place
-    questions   list[Question] to train on
-    teacher     list[Rationale] to these questions, right and wrong alike: step 0, done by data/toy.py or a real teacher
-    fine_tune   function(student, rationales, round, size) -> optimizer steps, as many as a mix of `size` texts takes;
-                train.py passes one that makes examples of the rationales and calls train.fine_tune with them
-    sets        dict name -> list[Question] to evaluate on
-    first       the round to go on with, if `student` has the weights of the round before it
-    stage       function(name, compute) -> compute(), or what it gave under this name before a run was stopped
+    student  answers questions (sampler.Student); it is trained in place
+    data     questions to train on, the teacher's rationales (step 0), sets to evaluate on
+    train    function(student, rationales, folder, seed): trains the student, saves it in the folder
+    folders  one for each round. What a step computes is a file there, and is not computed again: a
+             killed run goes on where it was, and its result is the same.
+    mode     one of MIXES, see `mix`
+    samples  K, the texts that the student writes per question and strategy; 0 in a control, which
+             trains on the teacher's alone
+    keep     how many of these enter the mix, at most
     """
-    teacher = filter_correct(check(teacher, questions))                                     # step 1: filter
-    for number in range(first, iterations + 1):
-        generated, own, training_mix = [], [], teacher
-        if number > 0:
-            generated = self_generate(student, questions, samples, seed=seed + number,      # step 3: self-generate
-                                      temperature=temperature, top_p=top_p, progress=progress, stage=stage)
-            generated = check(generated, questions)
-            own = filter_correct(generated, keep)                                           #         and filter
-            training_mix = mix(teacher, own, mode, adaptive_per)                            # step 4: mix
-        # The control trains for as long as "all" would.
-        size = len(teacher) + len(own) if mode == "teacher" else len(training_mix)
-        steps = fine_tune(student, training_mix, number, size)                              # step 2: distil, step 5: retrain
-        measures = {name: stage(f"{number}: evaluate {name}", lambda: evaluate(student, asked, name, progress))
-                    for name, asked in sets.items()}                                        # step 6: evaluate
-        yield Iteration(number, generated, own, training_mix, steps, measures,              # step 7: repeat
-                        measure_mix(teacher, own, training_mix))
+    questions = data.questions
+    teacher = filter_correct(data.teacher, questions)               # step 1: filter
+    train(student, teacher, folders[0], 1000 * seed)                # step 2: distil
+    results = evaluate_sets(student, data.sets, folders[0])         # step 6: evaluate
+    yield Round(0, [], [], teacher, results)
+
+    for number, folder in enumerate(folders[1:], start=1):          # step 7: repeat
+        round_seed = 1000 * seed + number
+        generated = self_generate(student, questions, samples, round_seed, folder)      # step 3
+        own = filter_correct(generated, questions, keep)            # step 1 again: filter
+        training_mix = mix(teacher, own, mode)                      # step 4: mix
+        train(student, training_mix, folder, round_seed)            # step 5: retrain
+        results = evaluate_sets(student, data.sets, folder)         # step 6: evaluate
+        yield Round(number, generated, own, training_mix, results)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # step 1: filter
 
 
-def is_correct(question: Question, strategy: str | None, text: str) -> bool:
-    """The one rule for "correct": teacher filter, student filter and evaluation all call it."""
-    return strategy is not None and same_number(numeric_answer(strategy, text), question.answer)
+def filter_correct(rationales, questions, keep: int = 1) -> list[Rationale]:
+    """The first `keep` correct, finished, distinct rationales of each question and strategy.
 
-
-def check(rationales, questions) -> list[Rationale]:
-    """The same rationales with `correct` filled in."""
-    by_id = {question.id: question for question in questions}
-    return [replace(r, correct=is_correct(by_id[r.id], r.strategy, r.text)) for r in rationales]
-
-
-def filter_correct(checked, keep: int = 1) -> list[Rationale]:
-    """The first `keep` correct, finished, distinct rationales of every question and strategy, in the order given.
-
+    Unfinished ones go, even with a right answer: they would teach the student not to stop.
     Texts that differ only in white space are duplicates.
     """
-    kept, seen, chosen = Counter(), set(), []
-    for rationale in checked:
+    by_id = {question.id: question for question in questions}
+    n_kept = Counter()
+    seen = set()
+    kept = []
+    for rationale in rationales:
         place = (rationale.id, rationale.strategy)
-        text = (place, " ".join(rationale.text.split()))
-        if rationale.correct and rationale.finished and text not in seen and kept[place] < keep:
-            seen.add(text)
-            kept[place] += 1
-            chosen.append(rationale)
-    return chosen
+        key = (place, " ".join(rationale.text.split()))
+        if not rationale.finished or key in seen or n_kept[place] == keep:
+            continue
+        if is_correct(rationale.strategy, rationale.text, by_id[rationale.id].answer):
+            seen.add(key)
+            n_kept[place] += 1
+            kept.append(rationale)
+    return kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # step 3: self-generate
 
 
-@dataclass
-class Student:
-    """A model with its tokenizer: knows how questions, strategy tags and rationales become token ids.
-
-    Prompt and target are encoded separately and joined as ids, in training and in sampling alike, so that a forced
-    "[cot]:" is a prefix of what was trained. No prompt ends in a space: that belongs to the next word's token.
-    """
-    model: Decoder
-    tokenizer: Tokenizer
-    stop_ids: list[int]             # each of these ends a text; the first is the end token that is trained
-    max_new_tokens: int = 512       # of a text, the end token included
-    rows: int = 256                 # texts generated at once
-    dtype: torch.dtype = torch.float32  # of the arithmetic in sampling; the model's weights stay as they are
-
-    @classmethod
-    def load(cls, folder, max_new_tokens: int = 512, rows: int = 256, dtype=torch.float32, device="cpu") -> "Student":
-        """Reads a Hugging Face folder, as float32 weights; the errors are those of Decoder.from_pretrained."""
-        folder, stop_ids = Path(folder), []
-        model = Decoder.from_pretrained(folder, device=device)
-        if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{folder / 'tokenizer.json'}: no such file")
-        try:
-            for name in ("config.json", "generation_config.json"):
-                if (folder / name).is_file():
-                    ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-                    stop_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
-            name = "tokenizer.json"
-            tokenizer = Tokenizer.from_file(str(folder / name))
-        except Exception as error:  # tokenizers raises nothing more special
-            raise ValueError(f"{folder / name} cannot be read: {error}") from None
-        if not stop_ids:
-            raise ValueError(f"{folder}: neither config.json nor generation_config.json names an eos_token_id")
-        tokenizer.no_truncation()  # some files hold the settings of the training that they come from
-        tokenizer.no_padding()
-        return cls(model, tokenizer, list(dict.fromkeys(stop_ids)), max_new_tokens, rows, dtype)
-
-    def save(self, folder) -> None:
-        self.model.save_pretrained(folder)
-        for name, text in (("tokenizer.json", self.tokenizer.to_str(pretty=True)),
-                           ("generation_config.json", json.dumps({"eos_token_id": self.stop_ids}) + "\n")):
-            write_beside(Path(folder) / name, lambda path: path.write_text(text, "utf-8"))
-
-    def prompt(self, question: Question, strategy: str | None = None) -> list[int]:
-        """The question and, if the strategy is forced, its tag. A tokenizer that opens texts with a special token
-        (Gemma's <bos>) does so here and nowhere else."""
-        ids = self.tokenizer.encode(question.text + "\n").ids
-        return ids if strategy is None else ids + self.encode(f"[{strategy}]:")
-
-    def target(self, rationale: Rationale) -> list[int]:
-        """The tag, the rationale and the end token: what the loss is computed on."""
-        return self.encode(f"[{rationale.strategy}]:") + self.encode(" " + rationale.text) + self.stop_ids[:1]
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def answer(self, prompts: list[list[int]], n: int = 1, **kwargs) -> list[list[tuple[str, bool]]]:
-        """Samples n texts per prompt: [prompt][sample] -> (text, finished). kwargs go to sampler.generate."""
-        highest_id = max(self.tokenizer.get_vocab().values())  # a padded vocabulary has ids without a token behind it
-        samples = generate(self.model.cast(self.dtype), prompts, n=n, max_new_tokens=self.max_new_tokens,
-                           stop_ids=self.stop_ids, batch_size=self.rows,
-                           n_ids=min(highest_id + 1, self.model.config.vocab_size), **kwargs)
-        return [[(self.tokenizer.decode(ids).strip(), is_finished(ids, self.max_new_tokens)) for ids in row]
-                for row in samples]
+def self_generate(student, questions, samples: int, seed: int, folder) -> list[Rationale]:
+    """`samples` texts for every question in every strategy, not yet checked. They are saved in
+    parts, a file for each part, and a question's texts are never split."""
+    if samples == 0:
+        return []
+    size = max(1, TEXTS_IN_A_PART // (samples * len(STRATEGIES)))  # questions in a part
+    generated = []
+    for start in range(0, len(questions), size):
+        part = questions[start:start + size]
+        path = folder / f"self-{start}.jsonl"
+        generated += saved_rationales(path, force_strategies, student, part, samples, seed)
+    return generated
 
 
-def self_generate(student: Student, questions, samples: int, *, seed: int, temperature: float = 0.7,
-                  top_p: float = 0.95, progress=no_progress, stage=compute_now) -> list[Rationale]:
-    """`samples` rationales of the student for every question in every strategy, forced by its tag; not yet checked.
-
-    They are written in parts, so that a run that is stopped loses one part at most.
-    """
-    jobs, texts = [(question, strategy) for question in questions for strategy in STRATEGIES], []
-    prompts = [student.prompt(*job) for job in jobs]
-    at_once = len(STRATEGIES) * max(1, TEXTS_AT_ONCE // (len(STRATEGIES) * samples))  # prompts; whole questions
-    with progress(len(jobs) * samples, "self-generate") as update:
-        for start in range(0, len(jobs), at_once):
-            texts += stage(f"self-generate, seed {seed}, from {start}", lambda: student.answer(
-                prompts[start:start + at_once], samples, seed=seed, temperature=temperature, top_p=top_p, progress=update))
-    return [Rationale(question.id, strategy, text, "student", finished)
-            for (question, strategy), row in zip(jobs, texts) for text, finished in row]
+def force_strategies(student, questions, samples: int, seed: int) -> list[Rationale]:
+    """Asks for every question in every strategy: the prompt ends in its tag, "[cot]:" say."""
+    asked = [(question, strategy) for question in questions for strategy in STRATEGIES]
+    answers = student.answer(asked, samples, seed=seed, progress="self-generate", **SAMPLING)
+    rationales = []
+    for (question, strategy), texts in zip(asked, answers):
+        for text, finished in texts:
+            rationales.append(Rationale(question.id, strategy, text, "student", finished))
+    return rationales
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # step 4: mix
 
 
-def mix(teacher: list[Rationale], own: list[Rationale], mode: str, adaptive_per: str = "question") -> list[Rationale]:
-    """What to train on, of the teacher's kept rationales and the student's own kept ones:
+def mix(teacher: list[Rationale], own: list[Rationale], mode: str) -> list[Rationale]:
+    """What to train on next, from the teacher's kept rationales and the student's own.
 
-        all        both
-        adaptive   the own ones, and the teacher's where the student failed: on questions that it solved in no strategy,
-                   or (adaptive_per = "strategy") on questions and strategies that it did not solve
-        self       the own ones
-        teacher    the teacher's: a control, trained for as many steps as "all" would take
+    adaptive               all own ones; the teacher's for questions that the student solved in no
+                           strategy
+    adaptive-per-strategy  all own ones; the teacher's for questions and strategies where the
+                           student failed
+    all                    both
+    self                   the own ones
+    teacher                the teacher's
     """
-    if mode not in MODES:
-        raise ValueError(f"mode = {mode!r} is not one of {', '.join(MODES)}")
-    if adaptive_per not in ("question", "strategy"):
-        raise ValueError(f"adaptive_per = {adaptive_per!r} is neither 'question' nor 'strategy'")
     if mode == "adaptive":
-        def place(r):
-            return r.id if adaptive_per == "question" else (r.id, r.strategy)
-        solved = {place(rationale) for rationale in own}
-        return [rationale for rationale in teacher if place(rationale) not in solved] + own
-    return {"all": teacher + own, "self": list(own), "teacher": list(teacher)}[mode]
+        solved = {r.id for r in own}
+        missing = [r for r in teacher if r.id not in solved]
+        return missing + own
+    if mode == "adaptive-per-strategy":
+        solved = {(r.id, r.strategy) for r in own}
+        missing = [r for r in teacher if (r.id, r.strategy) not in solved]
+        return missing + own
+    if mode == "all":
+        return teacher + own
+    if mode == "self":
+        return list(own)
+    if mode == "teacher":
+        return list(teacher)
+    raise ValueError(f"mode = {mode!r} is not one of {', '.join(MIXES)}")
 
 
-def count_strategies(rationales) -> dict[str, int]:
-    counts = Counter(rationale.strategy for rationale in rationales)
-    return {strategy: counts[strategy] for strategy in STRATEGIES}
-
-
-def measure_mix(teacher, own, training_mix) -> dict:
-    """Figure 2 of the paper: alpha, the share of the teacher in the mix; the distributions over strategies of teacher,
-    mix and student (its kept own rationales); and the divergence KL(P_mix || P_student), in nats.
-
-    Half a text is added to every count, so that a strategy which the student never solves gives a large divergence, not
-    an infinite one.
-    """
-    def distribution(rationales):
-        counts = {strategy: count + 0.5 for strategy, count in count_strategies(rationales).items()}
-        return {strategy: count / sum(counts.values()) for strategy, count in counts.items()}
-
-    p_mix, p_student = distribution(training_mix), distribution(own) if own else None
-    return {"alpha": sum(r.source == "teacher" for r in training_mix) / max(len(training_mix), 1),
-            "P_teacher": distribution(teacher), "P_mix": p_mix, "P_student": p_student,
-            "KL": sum(p * math.log(p / p_student[s]) for s, p in p_mix.items()) if own else None}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # step 6: evaluate
 
 
 def split_tag(text: str) -> tuple[str | None, str]:
-    """ "[cot]: 3 + 4 = 7. Final answer: 7" -> ("cot", "3 + 4 = 7. Final answer: 7"); no known tag -> (None, text)."""
+    """ "[cot]: 3 + 4 = 7." -> ("cot", "3 + 4 = 7."); without a known tag -> (None, text)."""
     match = re.match(r"\[(\w+)\]:\s*", text)
-    return (match[1], text[match.end():]) if match and match[1] in STRATEGIES else (None, text)
+    if match and match[1] in STRATEGIES:
+        return match[1], text[match.end():]
+    return None, text
 
 
-def evaluate(student: Student, questions, name: str = "", progress=no_progress) -> dict:
-    """Greedy answers with the free prompt, where the student chooses the strategy, and with each strategy forced:
+def evaluate_sets(student, sets, folder) -> dict[str, list[dict]]:
+    results = {}
+    for name, questions in sets.items():
+        path = folder / f"answers-{name}.json"
+        results[name] = saved(path, evaluate, student, questions, name)
+    return results
 
-    accuracy, correct, total    of the free answers
-    share                       of each strategy among the free answers
-    accuracy_within             of the free answers in a strategy, the share that is right (None: there are none)
-    forced                      accuracy with a strategy forced
-    kinds                       all of this for each kind of question, where the questions have kinds
-    answers                     the free answers themselves
+
+def evaluate(student, questions, name="") -> list[dict]:
+    """Greedy answers to each question: a free one, where the student chooses the strategy, and one
+    in each strategy, forced. An answer that is cut off counts by what it says. One record each:
+
+    id, kind   of the question
+    strategy   that the student chose (None: it named no known one)
+    text       of the free answer
+    correct    is the free answer correct?
+    forced     strategy -> is the forced answer correct?
     """
-    ways = (None, *STRATEGIES)  # None: free
-    prompts = [student.prompt(question, way) for question in questions for way in ways]
-    with progress(len(prompts), f"evaluate {name}") as update:
-        texts = iter(student.answer(prompts, progress=update))
-    answers, judged = [], []  # judged: (kind, strategy of the free answer, {way: is its answer right?})
+    asked = [(question, way) for question in questions for way in (None, *STRATEGIES)]
+    answers = student.answer(asked, progress=f"evaluate {name}")
+    texts = {}  # (question, strategy or None: free) -> the answer
+    for pair, [(text, finished)] in zip(asked, answers):
+        texts[pair] = text
+
+    records = []
     for question in questions:
-        strategy, text = split_tag(next(texts)[0][0])
-        right = {None: is_correct(question, strategy, text)}
-        right |= {way: is_correct(question, way, next(texts)[0][0]) for way in STRATEGIES}
-        judged.append((question.kind, strategy, right))
-        answers.append({"id": question.id, "strategy": strategy, "correct": right[None], "text": text})
-
-    def summarise(judged):
-        total, chosen = len(judged), {way: [right[None] for _, s, right in judged if s == way] for way in STRATEGIES}
-        return {"accuracy": sum(right[None] for *_, right in judged) / total,
-                "correct": sum(right[None] for *_, right in judged), "total": total,
-                "share": {way: len(of) / total for way, of in chosen.items()},
-                "accuracy_within": {way: sum(of) / len(of) if of else None for way, of in chosen.items()},
-                "forced": {way: sum(right[way] for *_, right in judged) / total for way in STRATEGIES}}
-
-    kinds = sorted({kind for kind, *_ in judged} - {""})
-    by_kind = {kind: summarise([one for one in judged if one[0] == kind]) for kind in kinds}
-    return summarise(judged) | {"kinds": by_kind, "answers": answers}
+        strategy, text = split_tag(texts[question, None])
+        forced = {}
+        for way in STRATEGIES:
+            forced[way] = is_correct(way, texts[question, way], question.answer)
+        records.append({
+            "id": question.id,
+            "kind": question.kind,
+            "strategy": strategy,
+            "text": text,
+            "correct": is_correct(strategy, text, question.answer),
+            "forced": forced,
+        })
+    return records
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files: JSON lines, one question or rationale a line
+def summarise(records) -> dict:
+    """The records of `evaluate` in numbers.
+
+    accuracy, correct, total  of the free answers
+    any                       share of questions that some forced strategy gets right: no choice of
+                              strategy can bring more
+    share                     of each strategy among the free answers
+    accuracy_within           of the free answers in a strategy (None: there are none)
+    forced                    accuracy with a strategy forced
+    """
+    total = len(records)
+    correct = sum(record["correct"] for record in records)
+    summary = {
+        "accuracy": correct / total,
+        "correct": correct,
+        "total": total,
+        "any": sum(any(record["forced"].values()) for record in records) / total,
+        "share": {},
+        "accuracy_within": {},
+        "forced": {},
+    }
+    for strategy in STRATEGIES:
+        chosen = [record["correct"] for record in records if record["strategy"] == strategy]
+        summary["share"][strategy] = len(chosen) / total
+        summary["accuracy_within"][strategy] = sum(chosen) / len(chosen) if chosen else None
+        n_forced = sum(record["forced"][strategy] for record in records)
+        summary["forced"][strategy] = n_forced / total
+    return summary
 
 
-def read_lines(path, required: tuple[str, ...]):
-    """Yields (place, dict) for every line; an error names the file, the line and what is wrong with it."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-            place = f"{path}, line {number}"
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"{place}: longer than {LONGEST_LINE:,} bytes")
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
-                raise ValueError(f"{place}: not JSON: {error}") from None
-            for name in required:
-                if not isinstance(record, dict) or not isinstance(record.get(name), str):
-                    raise ValueError(f"{place}: the field {name!r} is missing or not a text")
-                if re.search("[\ud800-\udfff]", record[name]):
-                    raise ValueError(f"{place}: the field {name!r} holds half of a character, a lone surrogate")
-            yield place, record
+# --------------------------------------------------------------------------------------------------
+# Figure 2 of the paper: alpha falls from round to round, since the student solves more questions
+# and fewer need the teacher; and the mix comes to prefer what the student prefers
 
 
-def read_questions(path) -> list[Question]:
-    questions = {}
-    for place, record in read_lines(path, ("id", "question", "answer")):
-        answer = parse_number(record["answer"])
-        if answer is None:
-            raise ValueError(f"{place}: the gold answer {record['answer']!r} is not a number")
-        if not isinstance(record.get("kind", ""), str):
-            raise ValueError(f"{place}: the field 'kind' is not a text")
-        if record["id"] in questions:
-            raise ValueError(f"{place}: the id {record['id']!r} stands there a second time")
-        questions[record["id"]] = Question(record["id"], record["question"], answer, record.get("kind", ""))
-    if not questions:
-        raise ValueError(f"{path}: no questions in it")
-    return list(questions.values())
+def measure(result: Round, labels: dict) -> list[dict]:
+    """All measures of a round: a line for each set, with the labels in front, then the fields of
+    `summarise` (also by kind of question), then these:
+
+    alpha      the teacher's share of the mix, n_teacher / (n_teacher + n_own)
+    P_mix      shares in the mix
+    P_student  shares in the student's own kept texts. Each strategy was forced equally often, so
+               they say what the student can do
+    P_free     shares in its free answers to the held-out questions, after training on the mix: what
+               it chooses
+    KL         KL(P_mix || P_student)
+    KL_free    KL(P_mix || P_free)
+    """
+    mixed = shares(rationale.strategy for rationale in result.training_mix)
+    own = None
+    free = None
+    if result.own:
+        own = shares(rationale.strategy for rationale in result.own)
+    if "held-out" in result.results:
+        free = shares(record["strategy"] for record in result.results["held-out"])
+    n_teacher = sum(rationale.source == "teacher" for rationale in result.training_mix)
+    figures = {
+        "alpha": n_teacher / max(1, len(result.training_mix)),
+        "P_mix": mixed,
+        "P_student": own,
+        "P_free": free,
+        "KL": divergence(mixed, own),
+        "KL_free": divergence(mixed, free),
+    }
+    lines = []
+    for name, records in result.results.items():
+        kinds = {}
+        for kind in sorted({record["kind"] for record in records} - {""}):
+            kinds[kind] = summarise([record for record in records if record["kind"] == kind])
+        lines.append({**labels, "set": name, **summarise(records), "kinds": kinds, **figures})
+    return lines
 
 
-def read_rationales(path, questions) -> list[Rationale]:
-    """The rationales of a teacher.jsonl, or of a self.jsonl or mix.jsonl, which have more of the fields."""
-    known = {question.id for question in questions}
-    rationales = []
-    for place, record in read_lines(path, ("id", "strategy", "text")):
-        if record["strategy"] not in STRATEGIES:
-            raise ValueError(f"{place}: the strategy {record['strategy']!r} is not one of {', '.join(STRATEGIES)}")
-        if record["id"] not in known:
-            raise ValueError(f"{place}: no question has the id {record['id']!r}; are these rationales of another file?")
-        for name, allowed in (("source", ("teacher", "student")), ("finished", (True, False))):
-            if record.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"{place}: the field {name!r} is neither {allowed[0]!r} nor {allowed[1]!r}")
-        rationales.append(Rationale(**{f.name: record[f.name] for f in fields(Rationale) if f.name in record}))
-    return rationales
+def shares(strategies) -> dict[str, float]:
+    """The distribution over strategies of a list of their names; other names are passed over.
+
+    Half a text is added to every count, so that no share is 0 and no divergence infinite.
+    """
+    counts = Counter(strategies)
+    total = sum(counts[strategy] + 0.5 for strategy in STRATEGIES)
+    return {strategy: (counts[strategy] + 0.5) / total for strategy in STRATEGIES}
+
+
+def divergence(p, q) -> float | None:
+    """The Kullback-Leibler divergence KL(p || q) of two distributions over strategies, in nats.
+    None if q is not known."""
+    if q is None:
+        return None
+    return sum(p[strategy] * math.log(p[strategy] / q[strategy]) for strategy in STRATEGIES)

@@ -7,9 +7,9 @@
     >>> same_number(numeric_answer("l2m", "Final answer: 1,000 eggs"), parse_number("1000"))
     True
 
-The one place that decides what a rationale answers. The filter of the teacher's rationales, the filter of the student's
-and the evaluation (steps 1, 3 and 6 of the README) call `numeric_answer` and `same_number`, so they cannot disagree.
-Read siked.py before; program.py, which evaluates the programs, after.
+The one place that decides what is correct: `is_correct`. The filter of the teacher's rationales, the filter of the student's
+and the evaluation (steps 1 and 6) call it, so they cannot disagree. Read siked.py before; program.py, which evaluates
+the programs, after.
 Promised: every text is answered in a time linear in its length, and 0 is a value like any other; "nothing" is None.
 Not promised: arithmetic after the marker ("Final answer: 3 + 4" is 3), words ("twelve"), mixed numbers ("1 1/2" is 1).
 """
@@ -57,6 +57,11 @@ def numeric_answer(strategy, text):
     line = text[markers[-1].end():].lstrip().partition("\n")[0].replace("\N{MINUS SIGN}", "-")
     match = NUMBER.search(line)
     return _number(match) if match else None
+
+
+def is_correct(strategy, text, gold):
+    """Whether the text's answer is the gold one. A text without a strategy (None) is never correct."""
+    return strategy is not None and same_number(numeric_answer(strategy, text), gold)
 
 
 def parse_number(text):

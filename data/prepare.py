@@ -4,7 +4,7 @@
     python data/prepare.py svamp --source SVAMP.json --out FOLDER   # from a raw file that is there: svamp.jsonl
 
 gsm8k is what the paper trains on; svamp, asdiv and multiarith are its out-of-distribution sets. A question is left out,
-with the reason, where its answer is not one number. What reads the result: siked.read_questions.
+with the reason, where its answer is not one number. What reads the result: data.files.read_questions.
 """
 import argparse
 import hashlib

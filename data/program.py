@@ -1,25 +1,38 @@
-"""Evaluate a Program of Thought: a small Python program that leaves its result in the variable `answer`.
+"""Evaluates a Program of Thought: a small Python program that leaves its result in `answer`.
 
     >>> run_program("eggs = 16 - 3 - 4\\nanswer = eggs * 2")
     Fraction(18, 1)
     >>> evaluate_program("while True: pass")
     (None, 'budget')
 
-A model wrote the program, so Python never runs it: `ast.parse` reads it and the class Interpreter walks the tree.
-Promised, for every text:
-- No way out. A value is an int, float, Fraction, bool, str, None, list, tuple, dict, set, range or of a class below.
-  Attributes exist only as `module.name` and `value.method`, from closed tables, which are also all that `import` finds.
-  There are no classes.
-- It ends, within seconds and 200 MB: one budget of steps pays for everything before it is done. There is no clock,
-  signal or thread, so the verdict is the same on a slow machine, on every system and in a worker thread.
-- Nothing is raised, and there is no half result: a number needs a program that ran to its end.
-- Where Python gives a number, this is the same number or none (equations: sympy's number, as an exact Fraction).
-  Two exceptions: generators, zip, map, filter, enumerate and reversed are computed at once, so that they do not see a
-  later change of their source, and functions that they call are called for every element; and a set has its own order.
-Not promised: all of Python (what is unknown is refused, not guessed); safety from bugs in CPython's own parser, or in a
-thread with a stack below 512 kB; the last word on a deep recursion: it is "budget" if the caller is deep in the stack.
+A model wrote the program, so Python never runs it. `ast.parse` reads it, and the class Interpreter
+walks the tree. It knows a small part of Python: arithmetic, exact fractions, variables, loops,
+functions, lists, sets and dicts, strings, parts of `math`, and linear equations in sympy's words
+(`Symbol`, `Eq`) and in those of the authors (`solve_it`).
 
-Read it from both ends: evaluate_program says what is done, the tables at the end say what the language has.
+Promised, for every text:
+- No way out. There are no files, and a program makes no classes. A value is an int, float,
+  Fraction, bool, str, None, list, tuple, dict, set, range or of a class below. Attributes exist
+  only as `module.name` and `value.method`, from closed tables. `import` finds only what is in
+  these tables.
+- It ends, within seconds and 200 MB. One budget of steps pays for everything before it is done.
+  There is no clock, signal or thread. So the verdict is the same on a slow machine, on every
+  system and in a worker thread.
+- Nothing is raised, and nothing half done counts. A number needs a program that ran to its end.
+- Where Python gives a number, this is the same number or none. (For equations it is sympy's
+  number, as an exact Fraction.) There are two exceptions:
+  1. Generators, zip, map, filter, enumerate and reversed are computed at once. They do not see a
+     later change of their source, and functions that they call are called for every element.
+  2. A set has its own order.
+
+Not promised:
+- All of Python. What is unknown is refused, not guessed.
+- Safety from bugs in CPython's own parser, or in a thread with a stack below 512 kB.
+- The last word on a deep recursion: it is "budget" if the caller is deep in the stack.
+
+`evaluate_program` gives the reason beside the number, and lists the reasons. The log counts them.
+Read the file from both ends: `evaluate_program` says what is done, the tables at the end say what
+the language has.
 """
 
 import ast

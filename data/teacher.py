@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from siked import STRATEGIES, Student, is_correct, read_questions, read_rationales  # noqa: E402
+from data.answers import STRATEGIES, is_correct  # noqa: E402
+from data.files import read_questions, read_rationales  # noqa: E402
+from sampler import Student  # noqa: E402
 
 START = b'{"id": '        # of every line that is written
 NEXT = "\nQuestion:"  # a teacher that goes on with a question of its own is cut there
@@ -145,16 +147,22 @@ def ask_server(args, jobs):
 # a checkpoint
 
 
+class Teacher(Student):
+    def prompt(self, question, strategy=None):
+        ids = self.tokenizer.encode(write_prompt(strategy, question)).ids
+        return ids[:-1], ids[-1:]
+
+
 def ask_checkpoint(args, jobs, seed: int):
     """The same from a local model: some questions at a time, so that a stop loses little.
 
     seed: another one for every start, or a question would get the texts again that it got before a stop.
     """
-    teacher = Student.load(args.model, args.max_new_tokens, args.rows, device=args.device)
+    teacher = Teacher(args.model, args.max_new_tokens, args.rows, device=args.device)
     while jobs:  # a batch does not reach into the next round: there stand the same prompts, which would get equal texts
         part = [job for job in jobs[:args.rows] if job[2] == jobs[0][2]]
-        prompts = [teacher.tokenizer.encode(write_prompt(strategy, question)).ids for question, strategy, _ in part]
-        texts = teacher.answer(prompts, seed=seed, temperature=args.temperature)
+        asked = [(question, strategy) for question, strategy, _ in part]
+        texts = teacher.answer(asked, seed=seed, temperature=args.temperature)
         for (question, strategy, _), [(text, finished)] in zip(part, texts):
             yield question, strategy, clean(strategy, text), finished or NEXT in text, len(teacher.encode(text))
         jobs, seed = jobs[len(part):], seed + len(part)
@@ -217,7 +225,7 @@ def main() -> None:
     there = read_rationales(out, questions) if out.exists() else []
     n_there, by_id = Counter((r.id, r.strategy) for r in there), {question.id: question for question in questions}
     written, correct = Counter(r.strategy for r in there), Counter(
-        r.strategy for r in there if is_correct(by_id[r.id], r.strategy, r.text))
+        r.strategy for r in there if is_correct(r.strategy, r.text, by_id[r.id].answer))
     jobs = [(question, strategy, k) for k in range(args.samples) for question in questions for strategy in STRATEGIES
             if k >= n_there[question.id, strategy]]
     print(f"{out}: {len(there)} texts are there, {len(jobs)} to come")
@@ -230,7 +238,7 @@ def main() -> None:
             file.flush()
             n_tokens += used
             written[strategy] += 1
-            correct[strategy] += is_correct(question, strategy, text)
+            correct[strategy] += is_correct(strategy, text, question.answer)
             bar.update()
             bar.set_postfix_str(f"{n_tokens:,} tokens")
     print(f"{n_tokens:,} tokens used; correct: " + ", ".join(

@@ -30,10 +30,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import siked  # noqa: E402
 import train  # noqa: E402
+from data.answers import STRATEGIES, numeric_answer  # noqa: E402
+from data.files import read_questions, read_rationales  # noqa: E402
 from model import Config, Decoder  # noqa: E402
-from sampler import generate  # noqa: E402
+from sampler import Student, generate  # noqa: E402
+from siked import filter_correct  # noqa: E402
 
 
 def timed(function):
@@ -82,28 +84,29 @@ def read_items(job):
 
 
 def measure_sampling(job):
-    prompts, student = read_items(job), siked.Student.load(job["model"])
+    prompts, student = [tuple(item) for item in read_items(job)], Student(job["model"])
     model, how = student.model.cast(getattr(torch, job["dtype"])), dict(
         n=job["n"], temperature=job["temperature"], top_p=0.95, batch_size=job["batch"], stop_ids=job["stops"])
     generate(model, prompts[:3], max_new_tokens=4, **how)  # warm-up
     seconds, samples = timed(lambda: generate(model, prompts, max_new_tokens=job["tokens"], **how))
     # Of the prompts of a question, which differ in their tags, one is counted whole; and of the cache, each key and value
     # once per query, with the weights once per step of a full batch.
-    texts = [(len(prompts[i]), min(len(ids) + 1, job["tokens"])) for i, row in enumerate(samples) for ids in row]
-    n_tokens, fed = sum(count for _, count in texts), sum(map(len, prompts[::3]))
+    lengths = [len(stem + tail) for stem, tail in prompts]
+    texts = [(lengths[i], min(len(ids) + 1, job["tokens"])) for i, row in enumerate(samples) for ids in row]
+    n_tokens, fed = sum(count for _, count in texts), sum(lengths[::3])
     pairs = sum(count * length + count * (count + 1) // 2 for length, count in texts)
     config, size = model.config, model.model.norm.weight.element_size()
     gigabytes = size / 1e9 * (n_tokens / min(job["batch"], len(texts)) * sum(p.numel() for p in model.parameters())
                               + pairs * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim)
-    texts = [(siked.STRATEGIES[i % 3], student.tokenizer.decode(ids)) for i, row in enumerate(samples) for ids in row]
-    check_seconds, _ = timed(lambda: [siked.numeric_answer(strategy, text) for strategy, text in texts])
+    texts = [(STRATEGIES[i % 3], student.tokenizer.decode(ids)) for i, row in enumerate(samples) for ids in row]
+    check_seconds, _ = timed(lambda: [numeric_answer(strategy, text) for strategy, text in texts])
     return {"seconds": seconds, "items": len(texts), "check seconds": check_seconds, "tokens": n_tokens,
             "GFLOP": count_work(config, model, n_tokens + fed, n_tokens, pairs), "GB": gigabytes}
 
 
 def measure_transformers_sampling(job):
     from transformers import AutoModelForCausalLM, GenerationConfig
-    prompts, stops = sorted(read_items(job), key=len), job["stops"] or [-1]
+    prompts, stops = sorted((stem + tail for stem, tail in read_items(job)), key=len), job["stops"] or [-1]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
     sampled = {"temperature": job["temperature"], "top_p": 0.95, "top_k": 0} if job["temperature"] else {}
     how = dict(max_new_tokens=job["tokens"], eos_token_id=stops, pad_token_id=0, do_sample=bool(sampled),
@@ -135,7 +138,7 @@ def measure_transformers_sampling(job):
 
 
 def measure_sft(job):
-    examples, student = read_items(job), siked.Student.load(job["model"])
+    examples, student = read_items(job), Student(job["model"])
     args = train.parse_args(["--batch-size", str(job["batch"]), "--accumulation", str(job["per step"] // job["batch"]),
                              "--lr", "1e-5", "--dtype", job["dtype"], "--lora", str(job["lora"]), "--device", "cpu"])
     steps = len(examples) // job["per step"]
@@ -211,7 +214,7 @@ def measure_student(job):
             seconds, gigabytes = measure(lambda: train.fine_tune(SimpleNamespace(model=model), examples, steps, args, 0, "sft"))
         results += [f"{8 * steps / seconds:.0f} examples/s, {gigabytes:.1f} GB"]
     cast = model.cast(torch.bfloat16)  # both are there, as in a run
-    prompts = [question + write(3) for question in [write(280) for _ in range(rows)] for _ in range(3)][:rows // 10]
+    prompts = [(question, write(3)) for question in [write(280) for _ in range(rows)] for _ in range(3)][:rows // 10]
     for new in (2, 512):
         seconds, gigabytes = measure(lambda: generate(
             cast, prompts, n=10, max_new_tokens=new, temperature=0.7, top_p=0.95, stop_ids=[], batch_size=rows))
@@ -229,7 +232,7 @@ def peak_memory() -> float:
 # The parent
 
 
-# What train.keep_freed_memory sets, for the peers too: it is no merit of ours, and saves them up to half of the time.
+# glibc then keeps freed memory, which saves the peers up to half of their time, and us a tenth.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 62)}
 
 
@@ -329,13 +332,16 @@ def main() -> None:
     embedded = str(out / "seed-0" / "combined")
 
     def write_items(model, data, n_questions=0, n_examples=0):
-        student, questions = siked.Student.load(model), siked.read_questions(Path(data) / "train.jsonl")
+        student, questions = Student(model), read_questions(Path(data) / "train.jsonl")
         if n_questions:
-            items = [student.prompt(q, s) for q in questions[:n_questions] for s in siked.STRATEGIES]
+            items = [student.prompt(q, s) for q in questions[:n_questions] for s in STRATEGIES]
         else:
             by_id = {q.id: q for q in questions}
-            teacher = siked.check(siked.read_rationales(Path(data) / "teacher.jsonl", questions), questions)
-            items = [(student.prompt(by_id[r.id]), student.target(r)) for r in siked.filter_correct(teacher)[:n_examples]]
+            teacher = filter_correct(read_rationales(Path(data) / "teacher.jsonl", questions), questions)
+            items = []
+            for r in teacher[:n_examples]:
+                stem, tail = student.prompt(by_id[r.id])
+                items.append((stem + tail, student.target(r)))
         path = out / f"items-{Path(model).name}-{n_questions}-{n_examples}.json"
         path.write_text(json.dumps(items))
         return {"model": model, "items": str(path), "stops": student.stop_ids}

@@ -1,11 +1,11 @@
-"""Tests of data/answers.py:  pytest tests/test_answers.py"""
+"""Tests of data/answers.py:  python -m pytest tests/test_answers.py"""
 import math
 import time
 from fractions import Fraction
 
 import pytest
 
-from data.answers import numeric_answer, parse_number, same_number
+from data.answers import is_correct, numeric_answer, parse_number, same_number
 
 NUMBERS = {  # what follows "Final answer: " -> the number
     "18": 18, "0": 0, "0.0": 0, "1,234.50": Fraction("1234.5"), "-$5": -5, "$-5": -5, "-5": -5,
@@ -55,7 +55,25 @@ def test_program_answers():
         assert numeric_answer("pot", program) is None, program
 
 
+@pytest.mark.parametrize("strategy, text, correct", [
+    ("cot", "Final answer: $28.50 in total", True), ("l2m", "Final answer: 28.500000001", True),
+    ("pot", "answer = 3 * 9.5", True), ("cot", "Final answer: 28.51", False),
+    ("cot", "28.5", False), ("pot", "Final answer: 28.5", False), ("pot", "answer = 1 / 0", False),
+    ("cot", "answer = 28.5", False), (None, "Final answer: 28.5", False)])
+def test_is_correct(strategy, text, correct):
+    """By the number that the text gives in its strategy. A text without one is never correct."""
+    assert is_correct(strategy, text, Fraction(57, 2)) is correct
+
+
+def test_zero_is_an_answer():
+    """0 is correct where 0 is asked for; no answer is not."""
+    assert is_correct("cot", "Final answer: 0", Fraction(0))
+    assert not is_correct("cot", "Final answer: none", Fraction(0))
+
+
 def test_unknown_strategy_is_named():
+    with pytest.raises(ValueError, match="'tot'"):
+        is_correct("tot", "Final answer: 18", Fraction(18))
     with pytest.raises(ValueError, match="'tot'"):
         numeric_answer("tot", "Final answer: 18")
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import ARCHITECTURES, Config, Decoder, rope_cos_sin, rope_frequencies, visible_keys  # noqa: E402
+from model import FAMILIES as TABLE
+from model import Config, Decoder, rope_cos_sin, rope_frequencies, visible_keys  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "gemma", "gemma_untied", "gemma3_text"]  # llama3: in three shards
@@ -117,9 +118,10 @@ def test_cached_logits_equal_uncached_with_rows_of_different_lengths(family):
 def test_logits_with_the_cache_of_the_sampler():
     sampler = pytest.importorskip("sampler")
     tokens, logits = expected("gemma3_text")
-    model, cache = Decoder.from_pretrained(FIXTURES / "gemma3_text"), sampler.KVCache(2, 5)
+    model = Decoder.from_pretrained(FIXTURES / "gemma3_text")
+    cache = sampler.KVCache(model.config, 2, 9, logits)
     assert (model(tokens[:, :6], cache) - logits[:, :6]).abs().max() < 1e-4
-    cache.advance(torch.tensor([6, 2]))
+    cache.set_lengths(torch.arange(2), torch.tensor([6, 2]))
     step = model(torch.stack([tokens[0, 6:7], tokens[1, 2:3]]), cache)
     assert (step[0, 0] - logits[0, 6]).abs().max() < 1e-4
     assert (step[1, 0] - logits[1, 2]).abs().max() < 1e-4
@@ -189,6 +191,7 @@ def test_save_and_load_keep_the_logits_and_the_config(family, tmp_path):
     original = json.loads((FIXTURES / family / "config.json").read_text())
     del original["rope_parameters"]  # written as rope_theta, the spelling that old and new transformers read
     assert {k: v for k, v in written.items() if k in original} == original
+    assert not {"qk_norm", "norm_adds_one", "extra"} & written.keys()  # no fields of our own
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -261,7 +264,7 @@ def test_transformers_loads_a_fresh_model_that_we_save(tmp_path):
 
 @pytest.mark.parametrize("family, name, value", [
     ("llama", "head_dim", 4), ("llama", "num_key_value_heads", 4), ("llama", "rope_theta", 10_000),
-    ("llama", "tie_word_embeddings", False), ("llama", "hidden_act", "silu"), ("llama", "layer_types", None),
+    ("llama", "tie_word_embeddings", False), ("llama", "hidden_act", "silu"), ("llama", "layer_types", 7 * ["full_attention"]),
     ("qwen2", "tie_word_embeddings", False), ("qwen3", "head_dim", 128), ("gemma", "head_dim", 256),
     ("gemma", "tie_word_embeddings", True), ("gemma", "hidden_act", "gelu_pytorch_tanh"),
     ("gemma", "rope_theta", 10_000), ("gemma3_text", "rope_theta", 1_000_000),
@@ -274,7 +277,7 @@ def test_fields_that_are_left_out(family, name, value):
     assert getattr(Config(family, **TINY | dict(num_hidden_layers=7)), name) == value
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", TABLE)
 def test_fields_that_are_left_out_have_the_defaults_of_transformers(family, tmp_path):
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     sizes = {**TINY, "hidden_size": 32, "num_hidden_layers": 8, "num_key_value_heads": 2}
@@ -472,14 +475,14 @@ def test_a_missing_field_is_named(tmp_path):
 def test_a_missing_tensor_is_named(name, tmp_path):
     family = "qwen2" if name.endswith("bias") else "llama"
     folder = copy_checkpoint(family, tmp_path, change_weights=lambda weights: weights.pop(name))
-    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: tensor {name} is missing"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: .*Missing.*{name}"):
         Decoder.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
 def test_an_extra_tensor_is_named(name, tmp_path):
     folder = copy_checkpoint("llama", tmp_path, change_weights=lambda weights: weights.update({name: torch.ones(2)}))
-    with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} is not expected"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: .*Unexpected.*{name}"):
         Decoder.from_pretrained(folder)
 
 
@@ -495,7 +498,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
         weights["model.norm.weight"] = torch.ones(1, 16)  # would broadcast to (16,) if it were copied
 
     folder = copy_checkpoint("llama", tmp_path, change_weights=reshape)
-    with pytest.raises(ValueError, match=r"model.safetensors: tensor model.norm.weight .*\[1, 16\].*\[16\]"):
+    with pytest.raises(ValueError, match=r"model.norm.weight.*\[1, 16\].*\[16\]"):
         Decoder.from_pretrained(folder)
 
 
@@ -503,7 +506,7 @@ def test_weights_that_are_no_floats_are_refused(tmp_path):
     def quantise(weights):
         weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
 
-    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight is I8"):
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight holds .*int8"):
         Decoder.from_pretrained(copy_checkpoint("llama", tmp_path, change_weights=quantise))
 
 
@@ -523,7 +526,7 @@ def test_a_tied_checkpoint_may_repeat_its_matrix_but_not_change_it(tmp_path):
 
 
 def test_files_that_are_missing_or_broken_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere/config.json"):
         Decoder.from_pretrained(tmp_path / "nowhere")
     for name in ("config.json", "model.safetensors"):
         folder = copy_checkpoint("llama", tmp_path / f"no {name}")
@@ -546,7 +549,7 @@ def shards(folder):
 
 
 def test_a_stray_file_beside_the_shards_is_not_read(tmp_path):
-    """Pitfall 12: the index says what belongs to the checkpoint."""
+    """The index says what belongs to the checkpoint."""
     tokens, logits = expected("llama3")
     folder = copy_checkpoint("llama3", tmp_path)
     shutil.copy(FIXTURES / "llama/model.safetensors", folder)

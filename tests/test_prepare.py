@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import prepare  # noqa: E402
 from derive_gsm8k import derive_program  # noqa: E402
-from siked import read_questions  # noqa: E402
+from data.files import read_questions  # noqa: E402
 
 GSM8K = ('{"question": "How many?\\nTell.", "answer": "1000 + 234 = <<1000+234=1234>>1,234\\n#### 1,234"}\n'
          '{"question": "And “now”?", "answer": "It is -2.\\n#### -2"}\n')

@@ -1,72 +1,130 @@
 """Tests of data/report.py:  python -m pytest tests/test_report.py
 
-On a run folder that is written here, of two rounds: seconds. That train.py writes such folders is tested in test_main.py.
+They take seconds: the run folder is written here. It has two rounds, and the lines of its models
+are made as train.py makes them.
 """
 import builtins
 import json
+import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from data.report import format_table, write_report
+from data.files import Question, Rationale, write_lines
+from data.report import (count_programs, draw_accuracy, draw_shares, find_rounds, format_table,
+                         print_round, update_metrics, write_report)
+from siked import Round, measure
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARE = {"cot": 0.5, "l2m": 0.25, "pot": 0.25}
+QUESTIONS = [Question(f"q{i}", f"What is {i} + 1?", Fraction(i + 1)) for i in range(6)]
+TEACHER = [Rationale("q0", "cot", "taught. Final answer: 1")]
+OWN = Rationale("q0", "cot", "Final answer: 1", "student")
+SELF = [
+    OWN,
+    OWN,  # once more
+    Rationale("q0", "l2m", "Final answer: 1", "student", finished=False),
+    Rationale("q0", "l2m", "Final answer: 1e400", "student"),
+    Rationale("q0", "pot", "import os", "student"),
+    Rationale("q0", "pot", "answer = 15 / 2", "student"),
+]
 
 
-def write_lines(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+def record(id, strategy, correct, forced, kind=""):
+    """A record of siked.evaluate. forced: the strategies that are right when they are forced."""
+    forced = {s: s in forced for s in ("cot", "l2m", "pot")}
+    return {"id": id, "kind": kind, "strategy": strategy, "correct": correct, "text": "",
+            "forced": forced}
 
 
-def metrics(**changed):
-    """A line of metrics.jsonl."""
-    return {"seed": 0, "run": "siked-all", "iteration": 1, "set": "test", "accuracy": 0.5, "share": SHARE, "steps": 3,
-            "accuracy_within": SHARE, "alpha": 0.25, "KL": 0.5, "seconds": 1.0, "P_teacher": SHARE, "P_mix": SHARE,
-            "P_student": SHARE} | changed
+# Of the four test questions two change from cot to pot, which makes one of them right, and one
+# changes the other way, which makes it wrong.
+BEFORE = [record("t0", "cot", False, ("pot",), "shop"), record("t1", "pot", True, (), "shop"),
+          record("t2", None, False, ("l2m", "pot")), record("t3", "cot", True, ("cot",))]
+AFTER = [record("t0", "pot", True, ("pot",), "shop"), record("t1", "cot", False, (), "shop"),
+         record("t2", None, False, ("l2m", "pot")), record("t3", "pot", True, ("cot",))]
+HELD_OUT = [record("h0", "pot", True, ("cot",))]
+ROUND_0 = Round(0, [], [], TEACHER, {"held-out": HELD_OUT, "test": BEFORE})
+ROUND_1 = Round(1, SELF, [OWN], [*TEACHER, OWN], {"held-out": HELD_OUT, "test": AFTER})
+
+
+def model(run, result, seed=0, **changed):
+    """The lines of metrics.jsonl of a model."""
+    lines = measure(result, {"seed": seed, "run": run, "iteration": result.number, "steps": 3,
+                             "seconds": 1.0})
+    return [line | changed for line in lines]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six training questions; of the two test questions, one changes from cot, wrong, to pot, right."""
-    questions = [{"id": f"q{i}", "question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
-    write_lines(tmp_path / "data/train.jsonl", questions)
     out = tmp_path / "out"
-    write_lines(out / "metrics.jsonl", [
-        metrics(set=name, **model) for model in ({"run": "combined", "iteration": 0, "KL": None, "P_student": None},
-                                                 {"accuracy": 0.75}) for name in ("held-out", "test")])
-    (out / "args.json").write_text(json.dumps({"mix": "all", "lr": 0.25, "data": str(tmp_path / "data"),
-                                               "command": "train.py --mix all"}))
-    for model, strategy in (("combined", "cot"), ("siked-all-1", "pot")):
-        write_lines(out / "seed-0" / model / "answers.jsonl", [
-            {"set": "test", "id": "t0", "strategy": strategy, "correct": strategy == "pot", "text": "answer = 3"},
-            {"set": "test", "id": "t1", "strategy": "l2m", "correct": True, "text": "Final answer: 4"},
-            {"set": "other", "id": "t0", "strategy": strategy, "correct": True, "text": ""}])
-    texts = [("cot", "Final answer: 1", True, True), ("cot", "So: Final answer: 1", True, True),
-             ("cot", "Final answer: 7.5", True, False), ("cot", "no idea", True, False),
-             ("l2m", "Final answer: 1", False, True), ("pot", "import os", True, False)]
-    texts = [{"id": "q0", "strategy": s, "text": text, "source": "student", "finished": finished, "correct": correct}
-             for s, text, finished, correct in texts]
-    texts += [texts[0] | {"id": f"q{i}"} for i in range(1, 6)]
-    write_lines(out / "seed-0/siked-all-1/self.jsonl", texts)
-    write_lines(out / "seed-0/siked-all-1/mix.jsonl", [texts[0], texts[0] | {"source": "teacher", "text": "taught"}])
+    lines = [{"id": q.id, "question": q.text, "answer": str(q.answer)} for q in QUESTIONS]
+    write_lines(tmp_path / "data/train.jsonl", lines)
+    write_lines(out / "metrics.jsonl", model("combined", ROUND_0) + model("all", ROUND_1))
+    settings = {"mix": "all", "lr": 0.25, "data": str(tmp_path / "data"), "command": "train.py -x"}
+    (out / "args.json").write_text(json.dumps(settings))
+    for name, result in (("combined", ROUND_0), ("all-1", ROUND_1)):
+        write_lines(out / "seed-0" / name / "mix.jsonl", result.training_mix)
+        (out / "seed-0" / name / "answers-test.json").write_text(json.dumps(result.results["test"]))
+    others = [Rationale(f"q{i}", "cot", "no idea", "student") for i in range(1, 6)]
+    write_lines(out / "seed-0/all-1/self-0.jsonl", SELF)
+    write_lines(out / "seed-0/all-1/self-2.jsonl", others[:3])
+    write_lines(out / "seed-0/all-1/self-10.jsonl", others[3:])
     return out
 
 
+def cells_of(table):
+    """The rows of a table as dicts, column -> cell."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
 def test_report_reads_by_itself(folder):
-    """The command, the settings, where the student changed its mind, and why each text was kept or not."""
+    """The command, the settings, and where the student changed its mind."""
     write_report(folder)
     report = (folder / "report.md").read_text()
-    assert "`train.py --mix all`" in report and "- lr: 0.25" in report
-    assert "From combined to siked-all 1, 1 of 2 questions got another strategy" in report
-    assert "- cot -> pot: 1, of which 1 became right and 0 wrong" in report
+    assert "`train.py -x`" in report
+    assert "- lr: 0.25" in report
+    assert "From combined to all 1, 3 of 4 questions got another strategy" in report
+    assert "- cot -> pot: 2, of which 1 became right and 0 wrong" in report
+    assert "- pot -> cot: 1, of which 0 became right and 1 wrong" in report
+
+
+def test_every_column_has_its_line_in_the_legend(folder):
+    table = write_report(folder)
+    legend = (folder / "report.md").read_text().partition("## What each number means")[2]
+    legend = legend.partition("\n## ")[0]
+    for column in cells_of(table)[0]:
+        name = column.removeprefix("cot ").removeprefix("l2m ").removeprefix("pot ")
+        assert re.search(rf"\n- ([^:]*, )?{name}(:|,| and)", legend), column
+
+
+def test_why_each_text_was_kept_or_not(folder):
+    """In the order of writing: self-10.jsonl comes after self-2.jsonl."""
+    write_report(folder)
+    report = (folder / "report.md").read_text()
     assert "**What is 0 + 1?** (gold answer 1; teacher's texts in the mix: 1)" in report
-    for verdict in ("cot, kept", "cot, left out: right, but another", "cot, rejected: gives 7.5", "cot, rejected: gives no number\n",
-                    "l2m, rejected: cut off", "pot, rejected: gives no number, program: refused"):
-        assert verdict in report, verdict
-    assert report.count("gold answer") == 5
+    tags = ("cot, ", "l2m, ", "pot, ")
+    verdicts = [line for line in report.splitlines() if line.startswith(tags)]
+    assert verdicts == [
+        "cot, kept",
+        "cot, left out: right, but the mix has enough of this strategy",
+        "l2m, rejected: cut off by the token limit",
+        "l2m, rejected: gives 1.00000e+400",
+        "pot, rejected: gives no number, program: refused",
+        "pot, rejected: gives 7.5",
+        *["cot, rejected: gives no number"] * 4]
+    shown = [line[2:11] for line in report.splitlines() if line.startswith("**What is")]
+    assert shown == [f"What is {i}" for i in range(5)]
+
+
+def test_questions_are_gone(folder):
+    """The report can be made again when the data is somewhere else."""
+    (folder.parent / "data/train.jsonl").unlink()
+    write_report(folder)
+    assert "train.jsonl is not there any more" in (folder / "report.md").read_text()
 
 
 def test_picture_where_matplotlib_is_and_one_line_where_not(folder, monkeypatch):
@@ -80,47 +138,186 @@ def test_picture_where_matplotlib_is_and_one_line_where_not(folder, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(builtins, "__import__", without_matplotlib)
         write_report(folder)
-    assert "pip install matplotlib" in (folder / "report.md").read_text() and not (folder / "report.png").exists()
+    assert "pip install matplotlib" in (folder / "report.md").read_text()
+    assert not (folder / "report.png").exists()
     pytest.importorskip("matplotlib")
     write_report(folder)
-    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG" and "(report.png)" in (folder / "report.md").read_text()
+    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert "(report.png)" in (folder / "report.md").read_text()
+
+
+def test_curves_and_bars_by_hand():
+    """Two seeds: the curve is their mean with its spread, a control has round 0 of "combined", and
+    the bars are Teacher and Answers in round 0, Mix, Student and Answers after it."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    metrics = model("combined", ROUND_0, accuracy=0.5) + model("all", ROUND_1, accuracy=0.5)
+    metrics += model("combined", ROUND_0, seed=1, accuracy=0.7)
+    metrics += model("all", ROUND_1, seed=1, accuracy=0.5)
+    metrics += model("teacher", ROUND_1, accuracy=0.1)
+    metrics += model("cot", ROUND_0, accuracy=0.2)
+    figure, (left, right) = pyplot.subplots(1, 2)
+    for run in ("all", "teacher", "cot"):
+        draw_accuracy(left, find_rounds(metrics, run))
+    draw_shares(right, find_rounds(metrics, "all"))
+    curves = [container[0].get_ydata().tolist() for container in left.containers]
+    assert curves == [pytest.approx([60, 50]), pytest.approx([60, 10]), pytest.approx([20])]
+    error_bar = left.containers[0][2][0].get_segments()[0]
+    assert error_bar[:, 1] == pytest.approx([60 - 14.142, 60 + 14.142], abs=0.01)
+    labels = [label.get_text() for label in right.get_xticklabels()]
+    assert labels == ["T\n0", "A\n0", "M\n1", "S\n1", "A\n1"]
+    pot = right.containers[2]  # stacked on cot and l2m
+    assert [bar.get_height() for bar in pot] == pytest.approx([20, 25, 100 / 7, 20, 50])
+    assert [bar.get_y() for bar in pot] == pytest.approx([80, 50, 600 / 7, 80, 25])
+    pyplot.close(figure)
 
 
 def test_report_of_plain_distillation(folder):
     """--iters 0: one model, which has nothing to be compared with and wrote no texts."""
-    write_lines(folder / "metrics.jsonl", [metrics(run="combined", iteration=0, KL=None, P_student=None)])
-    assert "combined" in write_report(folder)
-    assert "training questions" not in (folder / "report.md").read_text()
+    write_lines(folder / "metrics.jsonl", model("combined", ROUND_0))
+    [row] = cells_of(write_report(folder))
+    assert row["model"] == "combined"
+    assert "What the student wrote" not in (folder / "report.md").read_text()
+
+
+def test_picture_has_the_control_unless_it_is_the_run_itself(folder, monkeypatch):
+    """--mix teacher: its rounds are drawn once. With another --mix they are the control."""
+    pytest.importorskip("matplotlib")
+    labels = []
+
+    def draw_label(axes, rounds, label, **style):
+        axes.plot([0], label=label)
+        labels.append(label)
+
+    monkeypatch.setattr("data.report.draw_accuracy", draw_label)
+    update_metrics(folder / "metrics.jsonl", model("teacher", ROUND_1))
+    write_report(folder)
+    assert labels == ["all", "teacher's texts alone, as many steps"]
+    settings = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(settings | {"mix": "teacher"}))
+    (folder / "seed-0/all-1").rename(folder / "seed-0/teacher-1")
+    write_report(folder)
+    assert labels[2:] == ["teacher"]
+    assert "From combined to teacher 1, 3 of 4" in (folder / "report.md").read_text()
 
 
 def test_command(folder, tmp_path):
     """It can be called again, later; and says what it needs."""
     command = [sys.executable, str(ROOT / "data/report.py")]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True)
-    assert "siked-all 1" in done.stdout and (folder / "report.md").is_file()
+    assert "all 1" in done.stdout
+    assert (folder / "report.md").is_file()
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("usage: ")
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: ")
 
 
 def test_table_by_hand():
-    """Floats as per cent, None as a dash, the rest as it is; all lines equally wide, as Markdown."""
+    """Floats as per cent, None as a dash, the rest as it is; equally wide lines, as Markdown."""
     rows = [{"model": "combined", "test": 0.5, "alpha": None, "steps": 12},
             {"model": "b", "test": 1.0, "alpha": 0.25, "steps": 7}]
-    lines = format_table(rows).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["model", "test", "alpha", "steps"]
-    assert all(set(cell) == {"-"} for cell in cells[1])
-    assert cells[2:] == [["combined", "50.0", "-", "12"], ["b", "100.0", "25.0", "7"]]
-    assert len({len(line) for line in lines}) == 1 and all(line[0] == line[-1] == "|" for line in lines)
+    assert format_table(rows).splitlines() == [
+        "| model    | test  | alpha | steps |",
+        "| -------- | ----- | ----- | ----- |",
+        "| combined | 50.0  | -     | 12    |",
+        "| b        | 100.0 | 25.0  | 7     |"]
 
 
 def test_table_gives_mean_and_spread_over_seeds(folder):
-    """Accuracies 0.5 and 0.7: mean 60, standard deviation 14.1 (of a sample: n - 1); one None makes the mean unknown."""
-    write_lines(folder / "metrics.jsonl", [metrics(seed=seed, set=name, accuracy=accuracy, KL=None if seed else 0.5)
-                                           for seed, accuracy in enumerate([0.5, 0.7]) for name in ("held-out", "test")])
-    shown = write_report(folder)
-    header, _, row = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
-    cells = dict(zip(header, row, strict=True))
-    assert cells["test"] == cells["held-out"] == "60.0 ± 14.1"
-    assert cells["model"] == "siked-all 1" and cells["KL"] == "-" and cells["cot share"].startswith("50")
-    assert shown in (folder / "report.md").read_text()
+    """Accuracies 0.5 and 0.7: mean 60, standard deviation 14.1 (of a sample: n - 1). One None makes
+    the mean unknown."""
+    write_lines(folder / "metrics.jsonl",
+                model("combined", ROUND_0, accuracy=0.5, KL_free=0.25)
+                + model("combined", ROUND_0, seed=1, accuracy=0.7, KL=0.5, KL_free=0.25))
+    table = write_report(folder)
+    [cells] = cells_of(table)
+    assert cells["test"] == "60.0 ± 14.1"
+    assert cells["held-out"] == "60.0 ± 14.1"
+    assert cells["any"] == "75.0 ± 0.0"
+    assert cells["pot share"] == "25 ± 0"
+    assert cells["alpha"] == "1.00 ± 0.00"
+    assert cells["KL"] == "-"
+    assert cells["KL free"] == "0.25 ± 0"
+    assert table in (folder / "report.md").read_text()
+
+
+def test_metrics_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path):
+    """Two runs share "combined"; a resumed run brings its finished models once more."""
+    path = tmp_path / "metrics.jsonl"
+    combined = model("combined", ROUND_0)
+    models = [combined, model("all", ROUND_1), combined, model("self", ROUND_1),
+              model("combined", ROUND_0, seed=1)]
+    for lines in models:
+        update_metrics(path, lines)
+    undisturbed = path.read_bytes()
+    lines = [json.loads(line) for line in undisturbed.splitlines()]
+    assert lines == models[0] + models[1] + models[3] + models[4]
+    path.unlink()
+    for lines in models[:4] + models:
+        update_metrics(path, lines)
+    assert path.read_bytes() == undisturbed
+
+
+def test_a_model_that_was_made_again_replaces_its_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for lines in (model("combined", ROUND_0), model("all", ROUND_1)):
+        update_metrics(path, lines)
+    update_metrics(path, model("combined", ROUND_0, steps=9))
+    steps = [json.loads(line)["steps"] for line in path.read_text().splitlines()]
+    assert steps == [9, 9, 3, 3]
+
+
+def test_what_a_round_prints(capsys):
+    print_round(model("all", ROUND_1), ROUND_1, QUESTIONS[:1])
+    output = capsys.readouterr().out
+    table, _, rest = output.partition("generated programs: ")
+    cot, l2m, pot = cells_of(table.strip().partition("\n")[2])
+    assert cot == {
+        "strategy": "cot", "generated": "2", "cut off": "0", "correct": "2", "kept": "1",
+        "from teacher": "1", "share of mix": "100.0", "share of answers": "25.0",
+        "accuracy of these": "0.0", "accuracy if forced": "25.0"}
+    assert (l2m["cut off"], l2m["correct"], l2m["accuracy of these"]) == ("1", "1", "-")
+    assert (pot["generated"], pot["correct"], pot["accuracy if forced"]) == ("2", "0", "50.0")
+    assert rest == (
+        "refused 1, ok 1\n"
+        "shop: 50.0, forced cot 0.0, l2m 0.0, pot 50.0\n"
+        "accuracy: held-out 100.0, test 50.0; any test 75.0\n"
+        "alpha 0.500, KL(mix || own kept texts) 0.028, "
+        "KL(mix || free choice on the held-out questions) 0.66\n"
+        "What is 0 + 1? (1)\n"
+        "  right [cot]: Final answer: 1\n"
+        "  right [l2m]: Final answer: 1\n"
+        "  wrong [pot]: import os\n\n")
+
+
+def test_what_round_0_prints(capsys):
+    """No texts of the student's own, and without a held-out set no choice to compare with."""
+    result = Round(0, [], [], TEACHER, {"test": BEFORE})
+    print_round(model("combined", result), result, QUESTIONS)
+    output = capsys.readouterr().out
+    assert "combined, round 0" in output
+    assert "generated programs" not in output
+    assert output.endswith("accuracy: test 50.0; any test 75.0\n"
+                           "alpha 1.000, KL(mix || own kept texts) -, "
+                           "KL(mix || free choice on the held-out questions) -\n\n")
+
+
+def test_example_of_a_question_solved_in_one_strategy_only(capsys):
+    """The first is solved in all three, the second in one. Of several texts the first is shown."""
+    texts = [Rationale(q.id, s, "Final answer: 1\nor so", "student") for q in QUESTIONS[:2]
+             for s in ("cot", "l2m")]
+    texts += [Rationale("q0", "pot", "answer = 1"), Rationale("q1", "pot", "answer = 2"),
+              Rationale("q1", "pot", "answer = 1")]
+    result = Round(1, texts, [], TEACHER, {"test": AFTER})
+    print_round(model("all", result), result, QUESTIONS)
+    assert capsys.readouterr().out.endswith(
+        "What is 1 + 1? (2)\n"
+        "  wrong [cot]: Final answer: 1\n               or so\n"
+        "  wrong [l2m]: Final answer: 1\n               or so\n"
+        "  right [pot]: answer = 2\n\n")
+
+
+def test_programs_are_counted_by_their_end():
+    texts = ["answer = 1", "answer = 2", "answer = 1 / 0", "import os", "other = 1"]
+    rationales = [Rationale("q0", "pot", text) for text in texts] + TEACHER
+    assert count_programs(rationales) == "programs: ok 2, error 1, refused 1, no answer 1"
+    assert count_programs(TEACHER) == "programs: none"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
 from data.teacher import clean, parse_args, write_prompt  # noqa: E402
-from siked import Question  # noqa: E402
+from data.files import Question  # noqa: E402
 
 ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal answer: 2", "pot": "```python\nanswer = 1 + 1\n```"}
 
@@ -255,24 +255,24 @@ def test_texts_that_the_limit_cut_off_are_marked(questions, tmp_path):
 
 
 def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
-    """The embedded student will do, told that it has more positions: the eight examples are long for its tokenizer. A
-    second start brings new texts, not those of the first again."""
+    """The embedded student will do, told that it has more positions: the eight examples are long
+    for its tokenizer. A second start brings new texts, not those of the first again."""
+    questions.write_text(questions.read_text().partition("\n")[0] + "\n")
     model = tmp_path / "model"
     shutil.copytree(ROOT / "data/student", model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
 
     def collect(samples):
-        process = start(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12, "--rows", 32)
+        process = start(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12,
+                        "--rows", 32, OMP_NUM_THREADS="1")
         printed = process.communicate(timeout=100)[0]
         assert process.returncode == 0, printed
         return read_lines(tmp_path / "teacher.jsonl")
 
     first = collect(1)
-    assert Counter((line["id"], line["strategy"]) for line in first) == {(str(i), s): 1 for i in range(3) for s in STRATEGIES}
-    both = collect(2)
-    assert both[:9] == first and len(both) == 18
+    assert Counter((line["id"], line["strategy"]) for line in first) == {("0", s): 1 for s in STRATEGIES}
+    both = collect(3)
+    assert both[:3] == first and len(both) == 9
     texts = {(line["id"], line["strategy"], line["text"]) for line in both}
-    assert len(texts) > 14  # of 18, if no text came twice; with the seeds of the first start 9
-    (tmp_path / "teacher.jsonl").unlink()
-    assert len({(line["id"], line["strategy"], line["text"]) for line in collect(2)}) > 14  # both rounds in one start
+    assert len(texts) > 7  # of 9, if no text came twice; with the seeds of the first start 3 fewer

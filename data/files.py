@@ -1,0 +1,254 @@
+"""Files: questions and rationales, one JSON object a line; and results that are computed once.
+
+Every file is written beside its place and then renamed, so that a kill leaves all of it or nothing.
+A file that is there is complete. That is all the bookkeeping of a run: see `saved`, and the folders
+that siked.siked gets.
+"""
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+
+from data.answers import STRATEGIES, parse_number
+
+LONGEST_LINE = 10_000_000  # bytes of a data file; a longer line is no question
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    text: str
+    answer: Fraction         # the gold answer
+    kind: str = ""           # accuracy is also given by kind, where the data names one
+
+
+@dataclass(frozen=True)
+class Rationale:
+    id: str                  # of its question
+    strategy: str            # one of STRATEGIES
+    text: str
+    source: str = "teacher"  # or "student"
+    finished: bool = True    # False: cut off by the token limit; never trained on, right or wrong
+
+
+class Data(NamedTuple):
+    questions: list[Question]         # to train on
+    teacher: list[Rationale]          # for these questions, right and wrong alike (step 0)
+    sets: dict[str, list[Question]]   # to evaluate on, by name
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
+
+
+def write_whole(path: Path, write) -> None:
+    """Calls write(path of a part file), then renames that file to `path`. OSError names the file.
+
+    Under torchrun several processes may write the same content to the same place. Each has a part
+    file of its own.
+    """
+    part = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch.save, safetensors
+        reason = " ".join(str(error).split())
+        raise OSError(f"{path} cannot be written: {reason}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_lines(path: Path, records) -> None:
+    """JSON lines of dicts or dataclasses."""
+    lines = []
+    for record in records:
+        if not isinstance(record, dict):
+            record = asdict(record)
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def saved(path: Path, compute, *arguments):
+    """The JSON value in this file. If there is none yet, compute(*arguments) is written first."""
+    if not path.exists():
+        write_text(path, json.dumps(compute(*arguments)))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def saved_rationales(path: Path, compute, *arguments) -> list[Rationale]:
+    """The same for a list of rationales, one a line."""
+    if not path.exists():
+        write_lines(path, compute(*arguments))
+    return [Rationale(**record) for _, record in read_lines(path)]
+
+
+# --------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_json(path: Path) -> dict:
+    """ValueError if the file does not hold a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def read_lines(path: Path, required: tuple[str, ...] = ()):
+    """Yields (place, dict) for every line. An error names the file, the line and what is wrong."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            place = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{place}: longer than {LONGEST_LINE:,} bytes")
+            if line.strip():
+                yield place, read_record(line, place, required)
+
+
+def read_record(line: bytes, place: str, required) -> dict:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
+        raise ValueError(f"{place}: not JSON: {error}") from None
+    for name in required:
+        if not isinstance(record, dict) or not isinstance(record.get(name), str):
+            raise ValueError(f"{place}: the field {name!r} is missing or not a text")
+        if re.search("[\ud800-\udfff]", record[name]):
+            raise ValueError(f"{place}: the field {name!r} holds a lone surrogate , half of one")
+    return record
+
+
+def read_questions(path: Path) -> list[Question]:
+    questions = {}
+    for place, record in read_lines(Path(path), ("id", "question", "answer")):
+        answer = parse_number(record["answer"])
+        kind = record.get("kind", "")
+        if answer is None:
+            raise ValueError(f"{place}: the gold answer {record['answer']!r} is not a number")
+        if not isinstance(kind, str):
+            raise ValueError(f"{place}: the field 'kind' is not a text")
+        if record["id"] in questions:
+            raise ValueError(f"{place}: the id {record['id']!r} is there twice")
+        questions[record["id"]] = Question(record["id"], record["question"], answer, kind)
+    if not questions:
+        raise ValueError(f"{path}: no questions in it")
+    return list(questions.values())
+
+
+def read_rationales(path: Path, questions) -> list[Rationale]:
+    """The rationales of a teacher.jsonl, self*.jsonl or mix.jsonl. Other fields are passed over."""
+    known = {question.id for question in questions}
+    names = [field.name for field in fields(Rationale)]
+    rationales = []
+    for place, record in read_lines(Path(path), ("id", "strategy", "text")):
+        if record["strategy"] not in STRATEGIES:
+            raise ValueError(f"{place}: the strategy {record['strategy']!r} is not one of "
+                             f"{', '.join(STRATEGIES)}")
+        if record["id"] not in known:
+            raise ValueError(f"{place}: no question has the id {record['id']!r}; are these "
+                             "rationales of another file?")
+        if record.get("source", "teacher") not in ("teacher", "student"):
+            raise ValueError(f"{place}: the field 'source' is neither 'teacher' nor 'student'")
+        if record.get("finished", True) not in (True, False):
+            raise ValueError(f"{place}: the field 'finished' is neither true nor false")
+        rationales.append(Rationale(**{name: record[name] for name in names if name in record}))
+    return rationales
+
+
+def read_data(folder: Path, held_out: float, seed: int) -> Data:
+    """Reads train.jsonl, teacher.jsonl, test.jsonl and any further set of a data folder.
+
+    A share `held_out` of the training questions is never trained on: settings are chosen on it.
+    """
+    questions = read_questions(folder / "train.jsonl")
+    teacher = read_rationales(folder / "teacher.jsonl", questions)
+    if not teacher:
+        raise ValueError(f"{folder / 'teacher.jsonl'}: no rationales in it")
+    sets = {}
+    if n_held_out := round(held_out * len(questions)):
+        sets["held-out"] = random.Random(seed).sample(questions, n_held_out)
+    sets["test"] = read_questions(folder / "test.jsonl")
+    for path in sorted(folder.glob("*.jsonl")):  # out of distribution
+        if path.stem == "held-out":
+            raise ValueError(f"{path}: this name is taken by the held-out part of train.jsonl")
+        if path.stem not in ("train", "teacher", "test"):
+            sets[path.stem] = read_questions(path)
+    out = {question.id for question in sets.get("held-out", [])}
+    questions = [question for question in questions if question.id not in out]
+    teacher = [rationale for rationale in teacher if rationale.id not in out]
+    return Data(questions, teacher, sets)
+
+
+# --------------------------------------------------------------------------------------------------
+# the run folder
+
+
+# These may change from one start of a run to the next.
+FREE = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes", "command")
+
+
+def open_run_folder(args):
+    """Locks --out until this process ends, and writes args.json. ValueError if another process is
+    at work there, or if the folder holds a run of other settings or other data."""
+    settings = {}
+    for name, value in vars(args).items():
+        settings[name] = str(value) if isinstance(value, Path) else value
+    for path in sorted(args.data.glob("*.jsonl")):
+        settings[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    args.out.mkdir(parents=True, exist_ok=True)
+    locked = lock(args.out)
+    if any(args.out.glob("seed-*/*/*")):
+        check_settings(args.out, settings)
+    settings["command"] = " ".join(sys.argv)
+    write_text(args.out / "args.json", json.dumps(settings, indent=1) + "\n")
+    return locked
+
+
+def lock(folder: Path):
+    file = (folder / "lock").open("w")
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError as error:
+        raise ValueError(f"--out {folder}: another train.py is at work there "
+                         f"({error.strerror})") from None
+    return file
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    changed = []
+    for name in before | settings:
+        old = before.get(name)
+        new = settings.get(name)
+        if name in FREE or old == new:
+            continue
+        if name.endswith(".jsonl"):
+            changed.append(f"{name} was another file")
+        else:
+            changed.append(f"--{name.replace('_', '-')} was {old}, is {new}")
+    if changed:
+        raise ValueError(f"{folder} holds a run of other settings: {', '.join(changed)}. "
+                         "Choose another --out, or delete the folder.")
