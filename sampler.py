@@ -317,9 +317,13 @@ def check_arguments(model, prompts, n, max_new_tokens, temperature, top_p, stop_
     """Raises a ValueError that names the first unusable argument and its value."""
     last_id = model.config.vocab_size - 1
     room = model.config.max_position_embeddings - max_new_tokens
-    ranges = [("n", n, 1, math.inf), ("max_new_tokens", max_new_tokens, 1, math.inf),
-              ("batch_size", batch_size, 1, math.inf), ("temperature", temperature, 0, 1e9),
-              ("top_p", top_p, 1e-9, 1)]
+    ranges = [
+        ("n", n, 1, math.inf),
+        ("max_new_tokens", max_new_tokens, 1, math.inf),
+        ("batch_size", batch_size, 1, math.inf),
+        ("temperature", temperature, 0, 1e9),
+        ("top_p", top_p, 1e-9, 1),
+    ]
     ranges += [("stop id", id, 0, last_id) for id in stop_ids]
     for i, (stem, tail) in enumerate(prompts):
         ranges += [(f"the length of prompt {i}", len(stem + tail), 1, room)]
@@ -399,9 +403,16 @@ class Student:
         The settings go to `generate`."""
         prompts = [self.prompt(question, strategy) for question, strategy in asked]
         n_ids = max(self.tokenizer.get_vocab().values()) + 1
-        samples = generate(self.model.cast(self.dtype), prompts, n=n, n_ids=n_ids,
-                           max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids,
-                           batch_size=self.rows, **settings)
+        samples = generate(
+            self.model.cast(self.dtype),
+            prompts,
+            n=n,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.stop_ids,
+            batch_size=self.rows,
+            n_ids=n_ids,
+            **settings,
+        )
         answers = []
         for row in samples:
             texts = [self.tokenizer.decode(ids).strip() for ids in row]

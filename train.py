@@ -58,10 +58,19 @@ FLAGS = (  # name, default, least value, meaning
     ("--rows", 256, 1, "texts written at once; fewer need less memory"),
 )
 # What nobody changes has no flag. A preset may set it.
-SETTINGS = {"warmup": 20, "weight_decay": 0.01, "lora_alpha": 32, "max_length": 512, "keep": 1,
-            "held_out": 0.1, "save_minutes": 10}
-PRESETS = {"paper": {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "lr": 2e-4,
-                     "lora": 16, "seed": 42, "warmup": 5, "max_length": 1024}}
+SETTINGS = {
+    "warmup": 20,          # optimizer steps
+    "weight_decay": 0.01,
+    "lora_alpha": 32,      # the adapters count lora_alpha / rank times
+    "max_length": 512,     # tokens; longer examples are left out
+    "keep": 1,             # own texts per question and strategy in a mix
+    "held_out": 0.1,       # share of the training questions, to choose settings on
+    "save_minutes": 10,    # between two checkpoints of a training
+}
+PRESETS = {
+    "paper": {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "lr": 2e-4,
+              "lora": 16, "seed": 42, "warmup": 5, "max_length": 1024},
+}
 
 
 def parse_args(argv=None):
@@ -319,9 +328,13 @@ def train_run(name, mode, data, args, seed):
     started = time.time()
     for result in siked(student, data, train_round, folders, mode, samples, args.keep, seed):
         folder = folders[result.number]
-        labels = {"seed": seed, "run": name if result.number else folder.name,
-                  "iteration": result.number, "seconds": round(time.time() - started, 1),
-                  "steps": sum(map(read_steps, folders[:result.number + 1]))}
+        labels = {
+            "seed": seed,
+            "run": name if result.number else folder.name,
+            "iteration": result.number,
+            "steps": sum(map(read_steps, folders[:result.number + 1])),
+            "seconds": round(time.time() - started, 1),
+        }
         if RANK == 0:
             path = folder / "metrics.json"
             is_new = not path.exists()

@@ -474,6 +474,7 @@ def test_no_prompts(model):
     ({"top_p": 1.5}, "top_p = 1.5 must be"),
     ({"stop_ids": [3, 50]}, "stop id = 50 must be between 0 and 49"),
     ({"prompts": [[5], []]}, "length of prompt 1 = 0 must be between 1 and 118"),
+    ({"prompts": [[5], ([5, 6], [])]}, "tail of prompt 1 = 0 must be between 1 and 118"),
     ({"prompts": [[5, 50]]}, "id of prompt 0 = 50 must be between 0 and 49"),
     ({"prompts": [[5], ([-1], [5])]}, "id of prompt 1 = -1 must be"),
     ({"prompts": [[5], [5] * 119]}, "length of prompt 1 = 119 must be between 1 and 118"),
@@ -488,18 +489,6 @@ def test_unusable_arguments_are_named(model, change, message):
 def test_longest_prompt_that_fits(model):
     [[text]] = generate(model, [[5] * 118], max_new_tokens=10, stop_ids=[])
     assert len(text) == 10
-
-
-def test_pair_without_a_tail_is_a_prompt_or_refused(model):
-    """But not continued from somewhere else."""
-    settings = {"max_new_tokens": 5, "stop_ids": []}
-    wanted = generate(model, [[5, 6]], **settings)
-    try:
-        texts = generate(model, [([5, 6], []), ([5], [6, 7])], **settings)
-    except ValueError as error:
-        assert "prompt 0" in str(error)
-    else:
-        assert texts[:1] == wanted
 
 
 def test_broken_weights_are_reported(model):
