@@ -13,8 +13,8 @@ Dimension letters, used in every shape comment:
     S  keys seen: cached ones and T    D     width of one head (head_dim)
     V  vocabulary size                 C     width of the hidden states (hidden_size)
 
-The last of the four files; it needs none of the others. Read `Decoder.hidden` first, then Layer,
-Attention, and RoPE.
+The last of the four files; it needs none of the other three. Read `Decoder.hidden` first, then
+Layer, Attention, and RoPE.
 Sources: Llama (arXiv 2302.13971), Qwen2 (2407.10671), Qwen3 (2505.09388), Gemma (2403.08295),
 Gemma 3 (2503.19786). Where a paper leaves a detail open, modeling_<model_type>.py of
 transformers 5.23 decides.
@@ -274,8 +274,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.index, k, v)           # (B, H_kv, S, D): the cached ones too
         if T == 1:
-            # The H / H_kv query heads of a key head become as many queries of it: several times as
-            # fast. They are no sequence, so not causal.
+            # The H / H_kv query heads that share a key head become as many queries of that head:
+            # several times as fast. All are at one position, so no causal mask.
             q = q.view(B, k.shape[1], -1, self.head_dim)    # (B, H_kv, H / H_kv, D)
         y = F.scaled_dot_product_attention(
             q, k, v,

@@ -7,7 +7,7 @@ is a model with its tokenizer.
 
 Texts differ in length, so the batch is kept full. `generate` does, in this order:
     refill  The next samples take the free rows. What their prompts share, a question under three
-            tags with K samples each, is fed once; its cache is copied to all rows that need it.
+            tags with many samples, is fed once a refill; its cache is copied to the rows.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -32,7 +32,7 @@ from model import Decoder
 
 REFILL_SHARE = 1 / 8  # of the rows: so many are free before a refill, which costs a pass of its own
 SHRINK_SHARE = 1 / 4  # of the rows: so many are free before the others move to a smaller batch
-BLOCK = {"cpu": 1, "cuda": 128}  # S is a multiple of it in decoding: few graphs serve all steps
+BLOCK = {"cpu": 1, "cuda": 128}  # S is a multiple of it in decoding: few CUDA graphs serve all
 
 
 class KVCache:
@@ -237,7 +237,7 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0,
              batch_size=256, n_ids=None, cuda_graphs=True, progress=None):
     """Samples n texts for each prompt: [prompt][sample] -> list of ids, the stop id left off.
 
-    prompts         lists of ids, or pairs (stem, tail): equal stems go through the model once
+    prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
     max_new_tokens  ids per text, the stop id included: a text of so many ids was cut off
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
     progress        name of a progress bar

@@ -41,7 +41,7 @@ class Round:
     number: int
     generated: list[Rationale]      # what the student wrote
     own: list[Rationale]            # the part of it that was kept
-    training_mix: list[Rationale]   # what the student was then trained on
+    training_mix: list[Rationale]   # what the student then trained on, but for texts too long
     results: dict[str, list[dict]]  # evaluation set -> what `evaluate` returns
 
 
@@ -56,7 +56,7 @@ def siked(student, data: Data, train, folders, mode="adaptive", samples=1, keep=
     mode     one of MIXES, see `mix`
     samples  K, the texts that the student writes per question and strategy; 0 in a control, which
              trains on the teacher's alone
-    keep     how many of these enter the mix, at most
+    keep     at most so many correct own texts per question and strategy enter the mix
     """
     questions = data.questions
     teacher = filter_correct(data.teacher, questions)               # step 1: filter

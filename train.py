@@ -293,7 +293,7 @@ def join_processes(args):
 def list_runs(args):
     """The runs of this command: name -> (its mix, the strategies of the teacher that it sees).
 
-    --compare adds other mixes and the controls, "teacher" and one for each strategy. A control
+    --compare adds other mixes and the controls: "teacher", plus one for each strategy. A control
     sees the teacher's rationales alone, in the same rounds with as many optimizer steps as the run
     of --mix: only the data differs.
     """
