@@ -96,8 +96,9 @@ def test_same_number():
 
 
 def test_monsters_take_no_time():
+    n = 200_000
     start = time.thread_time()
-    for text in ["9" * 10**6, "1," * 10**6, "x1" * 10**6, "$ - " * 10**6, "Final answer: " * 10**5, "1e" + "9" * 10**6]:
+    for text in ["9" * n, "1," * n, "x1" * n, "$ - " * n, "Final answer: " * n, "1e" + "9" * n]:
         numeric_answer("cot", "Final answer: " + text)
         parse_number(text)
     assert time.thread_time() - start < 5

@@ -96,7 +96,11 @@ def start(out, *flags, program=TRAIN, launcher=(sys.executable,), **how) -> subp
 
 def finish(process) -> str:
     """What the command printed, if all went well."""
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes
+        raise
     assert process.returncode == 0, err
     assert "Traceback" not in err
     return out
@@ -487,7 +491,7 @@ def test_two_processes_do_the_work_of_one(flags, changed_train, tmp_path):
     assert not (out / "seed-0/combined/model.safetensors").exists()
 
     printed = finish(start(out, *flags, *SHARED, program=program, launcher=TORCHRUN))
-    assert printed.count("All models") == 1, "one of them speaks"
+    assert printed.count("seed 0: ") == printed.count("All models") == 1, "one of them speaks"
     name = "seed-0/all-1/self"
     assert files_of(out)[name] == files_of(alone)[name] != b""
     assert metrics_of(out) == metrics_of(alone)
@@ -627,7 +631,8 @@ def test_device_that_is_not_there_is_refused(refused, flags):
 
 def test_missing_data_is_named(refused, flags, tmp_path):
     """A mistyped --data."""
-    assert str(tmp_path / "absent") in refused(*flags, "--data", tmp_path / "absent")
+    said = refused(*flags, "--data", tmp_path / "absent")
+    assert f"{tmp_path / 'absent' / 'train.jsonl'}: no such file" in said
 
 
 @pytest.mark.parametrize("name", ["train", "teacher", "test"])
@@ -636,15 +641,15 @@ def test_missing_file_is_named(refused, flags, data, tmp_path, name):
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
     (folder / f"{name}.jsonl").unlink()
-    assert str(folder / f"{name}.jsonl") in refused(*flags, "--data", folder)
+    assert f"{folder / name}.jsonl: no such file" in refused(*flags, "--data", folder)
 
 
 @pytest.mark.parametrize("name, line, named", [
     ("train", '{"id": "x", "question": "1 + 1?", "answer": "2"', "JSON"),
     ("train", '{"id": "x", "question": "1 + 1?", "answer": "many"}', "many"),
     ("train", r'{"id": "x", "question": "1 + 1\ud83d?", "answer": "2"}', "surrogate"),
-    ("test", '{"id": "x", "question": "1 + 1?"}', "answer"),
-    ("ood_longer", '["x"]', "id"),
+    ("test", '{"id": "x", "question": "1 + 1?"}', "the field 'answer' is missing"),
+    ("ood_longer", '["x"]', "the field 'id' is missing"),
     ("teacher", '{"id": "x", "strategy": "guess", "text": "3"}', "guess"),
     ("teacher", '{"id": "gsm-1", "strategy": "cot", "text": "3"}', "gsm-1"),  # of other questions
 ])

@@ -1,7 +1,12 @@
-"""Tests of data/teacher.py against a small server of our own:  python -m pytest tests/test_teacher.py"""
+"""Tests of data/teacher.py:  python -m pytest tests/test_teacher.py
+
+The teacher is a small server of our own, which answers well, badly or not at all.
+"""
+import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -9,8 +14,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -26,6 +33,7 @@ ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal
 class Server(ThreadingHTTPServer):
     """Answers as `moods` say, request by request, then well. Keeps what was asked and the most requests at a time."""
     daemon_threads = True
+    request_queue_size = 64  # with 5, as usual, many requests at a time wait for a second
 
     def __init__(self, moods=(), delay=0.0):
         self.moods, self.delay, self.requests, self.headers, self.running, self.most = list(moods), delay, [], [], 0, 0
@@ -95,16 +103,32 @@ def questions(tmp_path):
     return path
 
 
+SCRIPT = str(ROOT / "data/teacher.py")
+
+
 def start(questions, *flags, **environment):
-    command = [sys.executable, str(ROOT / "data/teacher.py"), "--questions", str(questions), *map(str, flags)]
+    """The command in a process of its own, to kill it."""
+    command = [sys.executable, SCRIPT, "--questions", str(questions), *map(str, flags)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment)
 
 
-def collect(questions, server, *flags, code=0, **environment):
-    process = start(questions, "--url", server.url, "--model", "m", "--samples", 2, *flags, **environment)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == code, printed
-    return printed
+def run_here(questions, *flags, code=0, **environment):
+    """The command in this process, which has loaded torch: a second less. Returns what it prints."""
+    arguments = [SCRIPT, "--questions", str(questions), *map(str, flags)]
+    printed = io.StringIO()
+    returned = 0
+    with redirect_stdout(printed), redirect_stderr(printed), mock.patch.dict(os.environ, environment), \
+            mock.patch.object(sys, "argv", arguments), mock.patch.object(sys, "path", list(sys.path)):
+        try:
+            runpy.run_path(SCRIPT, run_name="__main__")
+        except SystemExit as stopped:
+            returned = stopped.code
+    assert returned == code, printed.getvalue()
+    return printed.getvalue()
+
+
+def collect(questions, server, *flags, **how):
+    return run_here(questions, "--url", server.url, "--model", "m", "--samples", 2, *flags, **how)
 
 
 def read_lines(path):
@@ -207,6 +231,7 @@ def test_ctrl_c_writes_the_answers_under_way_and_does_not_wait_for_more(question
     server, out = Server(["well", 500, "well"], delay=1), tmp_path / "teacher.jsonl"  # after the 500 it would wait
     process = start(questions, "--url", server.url, "--model", "m", "--samples", 2, "--in-flight", 3)
     while len(server.requests) < 3:
+        assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -265,10 +290,8 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
 
     def collect(samples):
-        process = start(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12,
-                        "--rows", 32, OMP_NUM_THREADS="1")
-        printed = process.communicate(timeout=100)[0]
-        assert process.returncode == 0, printed
+        run_here(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12,
+                 "--rows", 32)
         return read_lines(tmp_path / "teacher.jsonl")
 
     first = collect(1)
