@@ -95,26 +95,27 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
 
     Temperature 0 is greedy. top_p (arXiv 1904.09751) keeps the nucleus: the fewest ids with a total
     probability of at least top_p. The nucleus is mostly small, and to sort all V takes long. So a
-    CPU sorts the likeliest `looked_at` first. A GPU sorts all: a check would make the host wait.
+    CPU looks at the M = `looked_at` likeliest first. A GPU sorts all: a check would make the host
+    wait.
     """
     if temperature < 1e-6:
         return logits.max(-1).indices  # argmax is three times slower in bfloat16 on a CPU
     V = logits.shape[1]
-    K = V if logits.is_cuda else min(looked_at, V)
+    M = V if logits.is_cuda else min(looked_at, V)
     scaled = logits.float() / temperature
-    top, ids = scaled.topk(K)                                               # (B, K), falling
-    probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()                # (B, K)
-    before = probabilities.cumsum(-1) - probabilities     # (B, K): probability of all likelier ids
-    inside = before < top_p                                                         # (B, K)
-    # Invert the cumulative distribution, by id: so a number draws the same id for every K.
+    top, ids = scaled.topk(M)                                               # (B, M), falling
+    probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()                # (B, M)
+    before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
+    inside = before < top_p                                                         # (B, M)
+    # Invert the cumulative distribution, by id: so a number draws the same id for every M.
     ids, order = ids.sort()
-    cumulative = probabilities.where(inside, 0).gather(1, order).cumsum(-1)         # (B, K)
+    cumulative = probabilities.where(inside, 0).gather(1, order).cumsum(-1)         # (B, M)
     wanted = uniforms[:, None] * cumulative[:, -1:]                                 # (B, 1)
-    places = torch.searchsorted(cumulative, wanted, right=True).clamp(max=K - 1)    # (B, 1)
+    places = torch.searchsorted(cumulative, wanted, right=True).clamp(max=M - 1)    # (B, 1)
     tokens = ids.gather(1, places)[:, 0]                                            # (B,)
-    wide = inside[:, -1]  # (B,): the nucleus may reach beyond these K
-    if K < V and wide.any():
-        tokens[wide] = sample_next_token(logits[wide], temperature, top_p, uniforms[wide], 16 * K)
+    wide = inside[:, -1]  # (B,): the nucleus may reach beyond these M
+    if M < V and wide.any():
+        tokens[wide] = sample_next_token(logits[wide], temperature, top_p, uniforms[wide], 16 * M)
     return tokens
 
 
@@ -371,8 +372,10 @@ class Student:
             if isinstance(ids, int):
                 ids = [ids]
             self.stop_ids += [id for id in ids or [] if id not in self.stop_ids]
-        if not self.stop_ids:
-            raise ValueError(f"{folder}: no eos_token_id in config.json or generation_config.json")
+        self.n_ids = max(self.tokenizer.get_vocab().values()) + 1
+        if not self.stop_ids or max(self.stop_ids) >= self.n_ids:
+            raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json is "
+                             f"{self.stop_ids}; the tokenizer knows {self.n_ids} ids")
 
     def save(self, folder):
         """The weights come last: where model.safetensors is, the rest is too."""
@@ -402,7 +405,6 @@ class Student:
         """n texts for each (question, strategy or None): [asked][sample] -> (text, finished).
         The settings go to `generate`."""
         prompts = [self.prompt(question, strategy) for question, strategy in asked]
-        n_ids = max(self.tokenizer.get_vocab().values()) + 1
         samples = generate(
             self.model.cast(self.dtype),
             prompts,
@@ -410,7 +412,7 @@ class Student:
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.stop_ids,
             batch_size=self.rows,
-            n_ids=n_ids,
+            n_ids=self.n_ids,
             **settings,
         )
         answers = []

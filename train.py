@@ -179,15 +179,15 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
     model.checkpointing = args.checkpointing
     if args.lora:
         model.add_lora(args.lora, args.lora_alpha, seed)
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    for parameter in trained.values():
+    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), fused=True,
+    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), fused=True,
                                   weight_decay=args.weight_decay)
     done = 0
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu")
-        model.load_state_dict(state["trained"], strict=False)
+        model.load_state_dict(state["parameters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     batches = islice(make_batches(examples, args.batch_size, seed), done * args.accumulation, None)
@@ -205,18 +205,19 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
             loss += add_gradients(model, tokens.to(args.device), targets.to(args.device),
                                   1 / n_trained, getattr(torch, args.dtype))
         if WORLD > 1:
-            for tensor in (loss, *[parameter.grad for parameter in trained.values()]):
+            for tensor in (loss, *[parameter.grad for parameter in parameters.values()]):
                 dist.all_reduce(tensor)
         if not loss.isfinite():
             raise ValueError(f"{name}: the loss of step {step + 1} of {steps} is {loss.item()}, "
                              f"at a learning rate of {rate:.1e}")
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         if (step + 1) % max(1, steps // 4) == 0:
             tqdm.write(f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}")
         if checkpoint and RANK == 0 and time.time() - saved_at >= 60 * args.save_minutes:
-            state = {"trained": trained, "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {"parameters": parameters, "optimizer": optimizer.state_dict(),
+                     "step": step + 1}
             write_whole(checkpoint, lambda part: torch.save(state, part))
             saved_at = time.time()
     model.merge_lora()
