@@ -7,20 +7,50 @@ import pytest
 
 from data.answers import is_correct, numeric_answer, parse_number, same_number
 
-NUMBERS = {  # what follows "Final answer: " -> the number
-    "18": 18, "0": 0, "0.0": 0, "1,234.50": Fraction("1234.5"), "-$5": -5, "$-5": -5, "-5": -5,
-    "\N{MINUS SIGN}5": -5, "10.": 10, "10.00": 10, "$29.00": 29, "$ 29": 29, "1/2": Fraction(1, 2),
-    "-1 / 4": Fraction(-1, 4), "50%": 50, "1.5e3": 1500, "2E-2": Fraction(1, 50), ".5": Fraction(1, 2), "007": 7,
-    "$1,000,000.": 1_000_000,
+NUMBERS = {  # what follows "Final answer: " -> the number; as a gold answer, too
+    "18": 18, "0": 0, "0.0": 0, "-5": -5, "+5": 5, "10.": 10, "10.00": 10, ".5": Fraction(1, 2), "007": 7,
+    "-$5": -5, "$-5": -5, "-US$5": -5, "$29.00": 29, "$ 29": 29, "50%": 50,
+    "\N{MINUS SIGN}5": -5, "\N{EN DASH}5": -5, "\N{EN DASH}$5": -5,
+    "1.5e3": 1500, "2E-2": Fraction(1, 50),
+    # thousands
+    "1,234.50": Fraction("1234.5"), "$1,000,000.": 1_000_000, "1,00,000": 100_000, "29 000": 29_000,
+    "1\N{NARROW NO-BREAK SPACE}234": 1234, "1_000": 1000, "1'000": 1000, "1.000.000": 1_000_000,
+    "1.234,56": Fraction("1234.56"), "1{,}250": 1250, "11,\\!111": 11_111, "12\\,500": 12_500,
+    # fractions, mixed numbers
+    "1/2": Fraction(1, 2), "-1 / 4": Fraction(-1, 4), "2 2/3": Fraction(8, 3), "5 and 1/2": Fraction(11, 2),
+    "3½": Fraction(7, 2), "-½": Fraction(-1, 2), "{7 \\over 2}": Fraction(7, 2), "\\frac12": Fraction(1, 2),
+    "\\frac{1}{3}": Fraction(1, 3), "-\\dfrac{1}{2}": Fraction(-1, 2), "2\\frac{2}{3}": Fraction(8, 3),
 }
 SENTENCES = {  # the same, but more than a number
-    "72, in total": 72, "**18** eggs.": 18, "She has 18 eggs": 18, "\n\n  $18\nShe is 7.": 18, "5-3": 5,
-    "CO2: 12 kg": 12, "10/3 apples": Fraction(10, 3), "$5/hour": 5, "5 e-mails": 5,
+    "72, in total": 72, "**18** eggs.": 18, "She has 18 eggs": 18, "\n\n  $18\nShe is 7.": 18, "10/3 apples": Fraction(10, 3),
+    "$5/hour": 5, "5 e-mails": 5, "18 km/h": 18, "18kg": 18, "5th": 5, "75¢": 75, "18 times as many": 18, "x = 18": 18,
+    "18. She is glad.": 18, "Total: $18": 18, "USD 50": 50, "Rs. 50": 50, "about 18": 18, "(18)": 18, "18 seconds": 18,
+    # decoration
+    "\\boxed{18}": 18, "\\(18\\)": 18, "$18$": 18, "`18`": 18, "_18_": 18, "<b>18</b>": 18, "18<|eot_id|>": 18,
+    "-**5**": -5, "-`5`": -5, "\\$18.50": Fraction(37, 2), "\\text{18 eggs}": 18, "18\\text{ eggs}": 18, "18\\%": 18,
+    # on a following line: display math, a fence, a list
+    "\n\\[\n\\boxed{42}\n\\]": 42, "\\[\n\\boxed{42}\n\\]": 42, "\n```text\n18\n```": 18, "\n\n- **18** eggs": 18, "\n- 18": 18,
+    # a dash behind a letter is no minus
+    "Total-18": 18, "apples-5": 5,
+    # magnitudes
+    "2 thousand": 2000, "2.5k": 2500, "$1.2M": 1_200_000, "5 million dollars": 5_000_000, "2 hundred": 200,
 }
-NOTHING = [
-    "", "twelve", "unknown\n18", "3,4", "12,34", "1,2,3", "1/0", "x2", "-", "1e999", "1e999999999", "1e-999999999",
-    "9" * 10_000,
+NOTHING = [  # no number, or one whose value something may change
+    "", "twelve", "unknown\n18", "3,4", "12,34", "1,2,3", "0,5", "1,234,5", "1/0", "x2", "-", "1e999", "1e999999999",
+    "1e-999999999", "9" * 10_000, "12:00", "2:3", "18:", "5-3", "18 or 19", "18 (3 boxes)", "18. She has 3 left.", "1. 18",
+    "3 + 4 = 7", "2x = 10", "5*2", "5**2", "5 **200**", "`5` 200", "5^2", "5²", "5^{2}", "\\sqrt{16}", "2\\sqrt{3}", "5\\pi",
+    "\\frac{1}{2}3", "1/2/3", "2 3/2", "1.5 × 10^3", "5x", "5m", "5 K", "5!", "3.333...", "0.\\overline{3}", ">5", "5+",
+    "- 5", "—5", "-Rs 5", "Rs.50", "-(5)", "negative 5", "minus 5", "not 18", "half of 18", "18 and a half", "3 quarters",
+    "18 dozen", "5 hundred thousand", "18 squared", "eighteen (18)", "CO2: 12 kg", "log_2(8)", "101_{10}", "5'6\"",
+    "Total - 18", "1 2345", "5 100-gram bars", "\n- 18\n- 5", "\n1. 18",
 ]
+HEADINGS = {  # other ways to announce the answer
+    "**Final Answer:**\n$18": 18, "**Final Answer**\n18": 18, "## Final Answer\n\n18": 18, "**Final answer** 18": 18,
+    "### Final Answer: 18": 18, "Final answer (in dollars): 18": 18, "FINAL ANSWER : 18": 18, "__Final answer:__ 18": 18,
+    "\\textbf{Final answer:} 18": 18, "Final answer = 18": 18,
+    "The final answer is what we want": None, "To get the final answer, multiply by 5": None,
+    "Final answer: 17. The final answer was wrong, 18": None,
+}
 
 
 def test_example():
@@ -38,6 +68,11 @@ def test_example():
 def test_number_after_the_marker(strategy, text, number):
     answer = numeric_answer(strategy, "There are 3 hens.\nFinal answer: " + text)
     assert answer == number and type(answer) is (type(None) if number is None else Fraction)
+
+
+@pytest.mark.parametrize("text, number", HEADINGS.items())
+def test_headings(text, number):
+    assert numeric_answer("cot", "There are 3 hens.\n" + text) == number
 
 
 def test_the_last_marker_counts_in_any_case():
@@ -81,7 +116,8 @@ def test_unknown_strategy_is_named():
 def test_parse_number_wants_nothing_but_a_number():
     for text, number in NUMBERS.items():
         assert parse_number(f" {text}\n") == number, text
-    for text in [*SENTENCES, *NOTHING, "9 (apples)", "17; 8", "2:30", "blue", "5%%", "1 2", "NaN", "inf", "True"]:
+    more = ["72, in total", "She has 18 eggs", "$5/hour", "18kg", "2 thousand", "$1.2M", "x = 18", "Total-18"]
+    for text in [*more, *NOTHING, "9 (apples)", "17; 8", "2:30", "blue", "5%%", "1 2", "NaN", "inf", "True"]:
         assert parse_number(text) is None, text
 
 
