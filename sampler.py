@@ -6,8 +6,8 @@ is a model with its tokenizer.
     texts[0][3]    # sample 3 of prompt 0: a list of ids, without the stop id
 
 Texts differ in length, so the batch is kept full. `generate` does, in this order:
-    refill  The next samples take the free rows. What their prompts share, a question under three
-            tags with many samples, is fed once a refill; its cache is copied to the rows.
+    refill  The next samples take the free rows. A question is fed once a refill, and its cache is
+            copied to the rows of all its tags and samples.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -46,7 +46,8 @@ class KVCache:
         """capacity: tokens per row. like: a tensor of the dtype and device. S is a multiple of
         block."""
         self.block = block
-        shape = (2, rows, config.num_key_value_heads, capacity + block, config.head_dim)
+        room = capacity + block  # S is rounded up
+        shape = (2, rows, config.num_key_value_heads, room, config.head_dim)
         self.layers = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)     # (B,)
         self.longest = 0  # max(lengths), kept here: to read it from a GPU would make the host wait
@@ -191,7 +192,8 @@ class Batch:
 
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0: so they do not make S larger for all.
-        Within max_new_tokens steps they are refilled or dropped, before the cache is full."""
+        They do not reach the cache's end: within max_new_tokens steps all other rows end, too, and
+        there is a refill, which frees these again, or a shrink, which drops them."""
         self.cache.set_lengths(rows, 0)
         self.n_drawn[rows] = 0
 
@@ -217,8 +219,8 @@ class Batch:
     def decode(self, cuda_graphs):
         """Takes a step. Returns the id that each row has drawn.
 
-        With a CUDA graph its hundreds of small kernels start as one. The first step that sees so
-        many keys is taken as usual, and then recorded, which computes nothing.
+        With a CUDA graph its hundreds of small kernels start as one. The first step with S keys is
+        taken as usual. Then it is recorded for the next ones; recording computes nothing.
         """
         S = self.cache.keys_seen(1)
         if S in self.graphs:
@@ -235,12 +237,13 @@ class Batch:
 
 @torch.inference_mode()
 def generate(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids, seed=0,
-             batch_size=256, n_ids=None, cuda_graphs=True, progress=None):
+             batch_size=256, n_ids=None, is_over=None, cuda_graphs=True, progress=None):
     """Samples n texts for each prompt: [prompt][sample] -> list of ids, the stop id left off.
 
     prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
     max_new_tokens  ids per text, the stop id included: a text of so many ids was cut off
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
+    is_over         function(ids of a text) -> does it end here? The stop ids end it anyway
     progress        name of a progress bar
 
     A text depends on the seed, its prompt and its index among the n alone, but for rounding:
@@ -264,7 +267,7 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0,
     while waiting or running:
         free = [row for row in range(B) if row not in running]
         if waiting and len(free) >= REFILL_SHARE * B:
-            batch.free(free)  # also those that nobody takes
+            batch.free(free)  # back to place 0, also those that no sample takes
             rows = free[:len(waiting)]
             begun = []
             uniforms = []
@@ -284,7 +287,8 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0,
             i, sample, text = running[row]
             if token not in stop_ids:
                 text.append(token)
-            if token in stop_ids or len(text) == max_new_tokens:
+            over = token in stop_ids or len(text) == max_new_tokens
+            if over or is_over is not None and is_over(text):
                 samples[i][sample] = text
                 del running[row]
                 batch.free(row)
@@ -347,16 +351,18 @@ class Student:
     the next word's token.
     """
 
-    def __init__(self, folder, max_new_tokens=512, rows=256, dtype=torch.float32, device="cpu"):
+    def __init__(self, folder, max_new_tokens=512, rows=256, dtype=torch.float32, device="cpu",
+                 weights=torch.float32):
         """Reads a Hugging Face folder. FileNotFoundError or ValueError names what is wrong.
 
-        rows: texts written at once. dtype: of the arithmetic in writing; weights stay float32.
+        rows: texts written at once. dtype: of the arithmetic in writing. weights: their dtype; to
+        be trained they must be float32.
         """
         folder = Path(folder)
         self.max_new_tokens = max_new_tokens
         self.rows = rows
         self.dtype = dtype
-        self.model = Decoder.from_pretrained(folder, device=device)
+        self.model = Decoder.from_pretrained(folder, weights, device)
         path = folder / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_buffer(path.read_bytes())

@@ -1,52 +1,92 @@
 """Collects rationales from a real teacher: step 0 of the README, for questions of your own.
 
-    export OPENAI_API_KEY=...       # only where the server wants one; --key-variable names another variable
-    python data/teacher.py --questions FOLDER/train.jsonl --url http://localhost:8000/v1 --model NAME
-    python data/teacher.py --questions FOLDER/train.jsonl --model CHECKPOINT_FOLDER      # without a server, slowly
+    export OPENAI_API_KEY=...       # only where the server wants one; or name it by --key-variable
+    python data/teacher.py --questions FOLDER/train.jsonl --url http://localhost:8000/v1 --model M
+    python data/teacher.py --questions FOLDER/train.jsonl --model CHECKPOINT    # without a server
 
-Writes teacher.jsonl beside the questions: for each question and strategy --samples texts, right and wrong alike; train.py
-filters them. The prompt is data/prompts/STRATEGY.txt, eight worked examples, and the question. Every answer is appended
-as it comes, and the same command goes on where it was stopped: no answer is asked for twice.
+Writes teacher.jsonl beside the questions: for each question and strategy --samples texts, right and
+wrong alike; train.py filters them. The prompt is data/prompts/STRATEGY.txt, eight worked examples,
+and the question. Every answer is appended as it comes, and the same command goes on where it was
+stopped: no answer is asked for twice.
 """
 import argparse
 import json
+import math
 import os
 import re
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from http.client import HTTPException
 from pathlib import Path
+from textwrap import dedent
 
 import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data.answers import STRATEGIES, is_correct  # noqa: E402
-from data.files import read_questions, read_rationales  # noqa: E402
-from sampler import Student  # noqa: E402
+from data.answers import MARKER, STRATEGIES, is_correct, number_behind  # noqa: E402
+from data.files import read_json, read_questions, read_rationales  # noqa: E402
+from data.program import run_program  # noqa: E402
+from sampler import Student, generate  # noqa: E402
 
-START = b'{"id": '        # of every line that is written
+START = b'{"id": '    # of every line that is written
 NEXT = "\nQuestion:"  # a teacher that goes on with a question of its own is cut there
+LAST_IDS = 12       # of a text: NEXT is in them if it has just been written
+TRIAL_STEPS = 4
+MOST_SKIPPED = 20   # requests without one text: then all are refused for the same reason
+FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason: a whole text
+
+THOUGHTS = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)
+CONTROL = r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
+ROLE = r"(?:assistant|model)\n"
+ANSWER = r"[#*_]*answer[*_]*:[*_]*|\[\w+\]:"  # "**Answer:**", "[cot]:"
+START_OF_TEXT = re.compile(rf"(?:\s*(?:{CONTROL}|{ROLE}|{ANSWER}))*", re.IGNORECASE)
+# A program in a fence. Before it may stand the name of a language.
+FENCED = re.compile(r"(`{3,}|~{3,}) *(?:py\w*|\w*(?=\s*\n))?(.*?)(?:\1|\Z)", re.DOTALL | re.I)
 
 
-def write_prompt(strategy: str, question) -> str:
-    examples = (HERE / "prompts" / f"{strategy}.txt").read_text(encoding="utf-8")
-    return f"{examples}Question: {question.text}\nAnswer:"
+def examples(strategy: str) -> str:
+    return (HERE / "prompts" / f"{strategy}.txt").read_text(encoding="utf-8")
+
+
+def ask_for(question) -> str:
+    return f"Question: {question.text}\nAnswer:"
+
+
+def has_next(text: str) -> bool:
+    """Does the text go on to a question of its own? Then it is whole up to there."""
+    return NEXT in THOUGHTS.sub("", text, count=1)
 
 
 def clean(strategy: str, text: str) -> str:
-    """Without what follows the answer, and without the fence that chat models put around a program."""
-    text = text.partition(NEXT)[0]
-    fenced = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL) if strategy == "pot" else None
-    return (fenced[1] if fenced else text).strip()
+    """A teacher's text without what is not its answer: thoughts, control tokens, a repeated
+    "Answer:", a further question, what follows the final answer, what surrounds a program."""
+    text = THOUGHTS.sub("", text, count=1)
+    text = text[START_OF_TEXT.match(text).end():]
+    text = re.split(CONTROL, text, 1)[0].partition(NEXT)[0].rstrip()
+    for length in range(2, len(NEXT)):  # a server may leave half of its stop string
+        text = text.removesuffix(NEXT[:length])
+    if strategy == "pot":
+        programs = [dedent(match[2]) for match in FENCED.finditer(text)]
+        for program in reversed(programs):
+            if run_program(program) is not None:
+                return program.strip()
+        return (programs[-1] if programs else dedent(text)).strip()
+    for marker in MARKER.finditer(text):
+        number, end = number_behind(text, marker)
+        if number is not None:
+            closing = re.match(r"\s*(?:\\\]|\$\$|```|~~~)", text[end:])
+            return text[:end + closing.end() if closing else end].strip()
+    return text.strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a server
 
 
@@ -55,7 +95,7 @@ class Refused(Exception):
 
 
 class Skipped(Refused):
-    """It will not answer this one request: a content filter, or a question that is too long."""
+    """It does not answer this one request: a content filter, or a question that is too long."""
 
 
 def post(address: str, body: dict, headers: dict, timeout: float):
@@ -69,72 +109,112 @@ def post(address: str, body: dict, headers: dict, timeout: float):
         return response.status, response.headers, response.read()
 
 
-def ask(args, prompt: str, strategy: str, seed: int, stopping: threading.Event) -> tuple[str, bool, int]:
+def ask(args, question, strategy: str, seed: int, stopping: threading.Event):
     """One request to an OpenAI-compatible server: (text, finished, tokens used).
 
-    Errors of the network, time-outs, 408, 429 and 5xx are tried again after waits that double, or that are as long as
-    the server's Retry-After asks; so are answers that are not what the protocol promises. Refused says what the last was.
+    Errors of the network, time-outs, 408, 429 and 5xx are tried again after waits that double, or
+    that are as long as the server's Retry-After asks. Refused says what the last was.
     """
-    body = {"prompt": prompt} if args.completions else {"messages": [{"role": "user", "content": prompt}]}
-    body |= {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_new_tokens, "seed": seed,
-             "stop": [NEXT]} | args.extra
+    prompt = examples(strategy) + ask_for(question)
+    body = {"messages": [{"role": "user", "content": prompt}]}
+    if args.completions:
+        body = {"prompt": prompt}
+    body |= {"model": args.model, "temperature": args.temperature, "seed": seed,
+             "max_tokens": args.max_new_tokens, "stop": [NEXT]} | args.extra
     body = {name: value for name, value in body.items() if value is not None}
+    headers = {"Content-Type": "application/json", "User-Agent": "siked-teacher/1.0"}
     key = os.environ.get(args.key_variable, "").strip()
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     address = args.url.rstrip("/") + ("/completions" if args.completions else "/chat/completions")
     for attempt in range(args.attempts):
         pause = min(60, 2 ** attempt)  # seconds
         try:
             status, answered, content = post(address, body, headers, args.timeout)
+        except (OSError, HTTPException, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
             if status == 200:
-                answer = json.loads(content)
-                choice = answer["choices"][0]
-                text = (choice["text"] if args.completions else choice["message"]["content"]) or ""
-                used = (answer.get("usage") or {}).get("total_tokens") or 0
-                return clean(strategy, text), choice.get("finish_reason") != "length", used
-            problem = f"{status}: {content[:300].decode(errors='replace')}"
+                return read_answer(content, strategy)
+            problem = f"{status}: {beginning(content)}"
+            if status in (400, 413, 422):
+                raise Skipped(problem)
             if status < 500 and status not in (408, 429):
-                raise (Skipped if status in (400, 413, 422) else Refused)(f"{address}: {problem}")
-            if (asked := answered.get("Retry-After", "")).isdecimal():
+                raise Refused(f"{address}: {problem}")
+            asked = answered.get("Retry-After", "")
+            if asked.isdecimal():
                 pause = min(max(pause, int(asked)), 600)
-        except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {error}"  # no answer, or none that we know
         if attempt + 1 == args.attempts or stopping.wait(pause):
             break
     raise Refused(f"{address}: {attempt + 1} attempts, the last one: {problem}")
 
 
+def read_answer(content: bytes, strategy: str):
+    """(text, finished, tokens used) of a server's answer. Skipped says why it holds no text."""
+    try:
+        answer = json.loads(content)
+        choice = answer["choices"][0]
+        message = choice.get("message") or {}
+        text = choice.get("text") or message.get("content") or ""
+        if isinstance(text, list):  # of parts: thoughts and text
+            text = "".join(part.get("text", "") for part in text if part.get("type") == "text")
+        reason = choice.get("finish_reason")
+        cleaned = clean(strategy, text)
+        used = (answer.get("usage") or {}).get("total_tokens") or 0
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Skipped(f"not an answer: {beginning(content)}") from None
+    if not cleaned:
+        others = [name for name in message if message[name] and name not in ("role", "content")]
+        where = f", but there is {' and '.join(others)}" if others else ""
+        raise Skipped(f"no text, finish_reason {reason!r}{where}. A teacher that thinks before it "
+                      f"answers needs a larger --max-new-tokens: {beginning(content)}")
+    # Half of a surrogate pair cannot be written as UTF-8.
+    cleaned = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", cleaned)
+    return cleaned, reason in FINISHED or has_next(text), used
+
+
+def beginning(content: bytes) -> str:
+    return " ".join(content[:300].decode(errors="replace").split())
+
+
 def ask_server(args, jobs):
-    """Yields (question, strategy, text, finished, tokens) in the order in which the answers come; those to requests that
-    are under way when it is stopped too, since they are paid for."""
-    jobs, running, skipped, n_answers, stopping = iter(jobs), {}, [], 0, threading.Event()
+    """Yields (question, strategy, text, finished, tokens) in the order in which the answers come.
+    Stopped, it also yields those to requests that are under way, since they are paid for."""
+    jobs = iter(jobs)
+    running = {}  # future -> (question, strategy)
+    skipped = []
+    n_answers = 0
+    stopping = threading.Event()
     pool = ThreadPoolExecutor(args.in_flight)
     try:
         while True:
             for question, strategy, k in jobs:
-                future = pool.submit(ask, args, write_prompt(strategy, question), strategy, args.seed + k, stopping)
+                future = pool.submit(ask, args, question, strategy, args.seed + k, stopping)
                 running[future] = question, strategy
                 if len(running) >= 2 * args.in_flight:
                     break
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
+                question, strategy = running.pop(future)
                 try:
                     answer = future.result()
                 except Skipped as error:
-                    skipped.append(error)
-                    if len(skipped) == 20 and not n_answers:
-                        raise
+                    skipped.append(f"{question.id} [{strategy}]: {error}")
+                    if len(skipped) == MOST_SKIPPED and not n_answers:
+                        raise Refused(f"{args.url}: {MOST_SKIPPED} requests and no text; the last: "
+                                      f"{skipped[-1]}") from None
                 else:
                     n_answers += 1
-                    yield *job, *answer
+                    yield question, strategy, *answer
         if skipped:
-            print(f"{len(skipped)} requests were refused, and are asked again next time; the first: {skipped[0]}")
+            print(f"{len(skipped)} requests were refused, and are asked again next time:")
+            print("\n".join(skipped[:5]))
     except (KeyboardInterrupt, Refused):
         stopping.set()
         under_way = {future: job for future, job in running.items() if not future.cancel()}
-        print(f"\nstopping: {len(under_way)} requests are under way (Ctrl-C: without their answers)", file=sys.stderr)
+        print(f"\nstopping: {len(under_way)} requests are under way (Ctrl-C: without them)",
+              file=sys.stderr)
         for future in as_completed(under_way):
             if not future.exception():
                 yield *under_way[future], *future.result()
@@ -143,32 +223,75 @@ def ask_server(args, jobs):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a checkpoint
 
 
 class Teacher(Student):
+    """A checkpoint that goes on with the worked examples. They are the stem of a prompt, which
+    `generate` feeds once for all questions of a strategy."""
+
     def prompt(self, question, strategy=None):
-        ids = self.tokenizer.encode(write_prompt(strategy, question)).ids
-        return ids[:-1], ids[-1:]
+        stem = self.tokenizer.encode(examples(strategy)).ids
+        return stem, self.encode(ask_for(question))
+
+    def is_over(self, ids):
+        """Has a text gone on to the next question?"""
+        return has_next(self.tokenizer.decode(ids[-LAST_IDS:]))
 
 
 def ask_checkpoint(args, jobs, seed: int):
     """The same from a local model: some questions at a time, so that a stop loses little.
 
-    seed: another one for every start, or a question would get the texts again that it got before a stop.
+    seed: another one for every start, or a question would get the texts again that it got before a
+    stop.
     """
-    teacher = Teacher(args.model, args.max_new_tokens, args.rows, device=args.device)
-    while jobs:  # a batch does not reach into the next round: there stand the same prompts, which would get equal texts
-        part = [job for job in jobs[:args.rows] if job[2] == jobs[0][2]]
+    fields = read_json(Path(args.model) / "config.json")
+    stored = fields.get("dtype") or fields.get("torch_dtype")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if stored == "bfloat16" else "float32"))
+    teacher = Teacher(args.model, args.max_new_tokens, args.rows, dtype, args.device, dtype)
+    announce(teacher, args, jobs)
+    n_empty = 0
+    while jobs:
+        # One strategy, so one stem; and one round, since equal prompts would get equal texts.
+        part = [job for job in jobs[:args.rows] if job[1:] == jobs[0][1:]]
         asked = [(question, strategy) for question, strategy, _ in part]
-        texts = teacher.answer(asked, seed=seed, temperature=args.temperature)
-        for (question, strategy, _), [(text, finished)] in zip(part, texts):
-            yield question, strategy, clean(strategy, text), finished or NEXT in text, len(teacher.encode(text))
-        jobs, seed = jobs[len(part):], seed + len(part)
+        texts = teacher.answer(asked, seed=seed, temperature=args.temperature,
+                               is_over=teacher.is_over)
+        for (question, strategy), [(text, finished)] in zip(asked, texts):
+            cleaned = clean(strategy, text)
+            if cleaned:
+                n_tokens = len(teacher.encode(text))
+                yield question, strategy, cleaned, finished or has_next(text), n_tokens
+            else:
+                n_empty += 1
+        jobs = jobs[len(part):]
+        seed += len(part)
+    if n_empty:
+        print(f"{n_empty} texts were empty, and are asked for again next time")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def announce(teacher, args, jobs):
+    """Says what the texts will need: memory computed, time from a trial of some steps."""
+    model = teacher.model
+    config = model.config
+    size = model.output_weight().element_size()
+    weights = sum(parameter.numel() for parameter in model.parameters()) * size
+    question, strategy, _ = jobs[0]
+    stem, tail = teacher.prompt(question, strategy)
+    rows = min(args.rows, len(jobs))
+    length = len(stem) + len(tail) + args.max_new_tokens
+    pairs = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    caches = rows * length * pairs * 2 * size
+    print(f"{args.model}, {str(model.output_weight().dtype).removeprefix('torch.')}: "
+          f"{weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of keys and values")
+    started = time.time()
+    generate(model, [[0]] * rows, max_new_tokens=TRIAL_STEPS, stop_ids=[])
+    step = (time.time() - started) / (TRIAL_STEPS + 1)  # the prompts take one, too
+    steps = len(stem) / rows + len(tail) + args.max_new_tokens
+    minutes = math.ceil(len(jobs) / rows) * steps * step / 60
+    print(f"{len(jobs)} texts of at most {args.max_new_tokens} tokens, {rows} at once: at most "
+          f"{minutes:.0f} minutes")
 
 
 def mend(path: Path) -> None:
@@ -180,60 +303,93 @@ def mend(path: Path) -> None:
             file.write(b"\n" if last and json.loads(last) else b"")
         except ValueError:
             if not last.startswith(START[:len(last)]):
-                raise ValueError(f"{path}: the last line is not one that this program began; is it another file?") from None
+                raise ValueError(f"{path}: the last line is not one that this program began; is it "
+                                 "another file?") from None
             file.truncate(len(content) - len(last))
             print(f"{path}: the last line was not whole, and is cut off: {last[:80]!r}")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--questions", type=Path, required=True, help="JSON lines of id, question, answer")
-    add("--out", type=Path, help="where to append (teacher.jsonl beside the questions)")
-    add("--url", help="of an OpenAI-compatible server, up to /v1; without it --model is a local checkpoint folder")
-    add("--model", required=True, help="its name on the server, or a folder")
-    add("--completions", action="store_true", help="ask for completions, not chat: a base model without a chat template")
-    add("--key-variable", default="OPENAI_API_KEY", help="environment variable with the server's key (OPENAI_API_KEY)")
-    add("--extra", type=json.loads, default={}, metavar="JSON", help="further fields of a request; null leaves one out: "
-        """'{"max_tokens": null, "max_completion_tokens": 512}'""")
-    add("--samples", type=int, default=10, help="texts per question and strategy (10, as in the paper)")
-    add("--temperature", type=float, default=0.7, help="(0.7, as in the paper)")
-    add("--max-new-tokens", type=int, default=512, help="of a text (512)")
-    add("--in-flight", type=int, default=8, help="requests at a time (8)")
-    add("--timeout", type=float, default=120, help="seconds to wait for an answer (120)")
-    add("--attempts", type=int, default=8, help="per request, with growing waits between them: two minutes in all (8)")
-    add("--rows", type=int, default=32, help="local checkpoint: texts generated at once (32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="local checkpoint: cpu or cuda")
-    add("--seed", type=int, default=0)
+    add("--out", type=Path, help="where to append [teacher.jsonl beside the questions]")
+    add("--url", help="of an OpenAI-compatible server, up to /v1 [none: --model is a checkpoint]")
+    add("--model", required=True, help="its name on the server, or a checkpoint's folder")
+    add("--completions", action="store_true",
+        help="ask for completions, not chat: a base model without a chat template")
+    add("--key-variable", default="OPENAI_API_KEY",
+        help="environment variable with the server's key [OPENAI_API_KEY]")
+    add("--extra", type=json.loads, default={}, metavar="JSON",
+        help="further fields of a request; null leaves one out: "
+             """'{"max_tokens": null, "max_completion_tokens": 512}'""")
+    add("--samples", type=int, default=10, help="texts per question and strategy [10]")
+    add("--temperature", type=float, default=0.7, help="[0.7]")
+    add("--max-new-tokens", type=int, default=512,
+        help="of a text [512]; a teacher that thinks first needs thousands: its thoughts count")
+    add("--in-flight", type=int, default=8, help="requests at a time [8]")
+    add("--timeout", type=float, default=120, help="seconds to wait for an answer [120]")
+    add("--attempts", type=int, default=8,
+        help="per request, with growing waits between them: two minutes in all [8]")
+    add("--rows", type=int, default=32, help="checkpoint: texts written at once [32]")
+    add("--device", default=device, help=f"checkpoint: cpu or cuda [{device}]")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="checkpoint: of weights and arithmetic [as stored]")
+    add("--seed", type=int, default=0, help="[0]")
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("http://", "https://")):
         parser.error(f"--url {args.url}: it does not begin with http:// or https://")
     if not isinstance(args.extra, dict):
         parser.error(f"--extra {args.extra}: it is not a JSON object")
-    if low := [f"--{name.replace('_', '-')}" for name in ("samples", "max_new_tokens", "in_flight", "attempts", "rows")
-               if getattr(args, name) < 1]:
-        parser.error(f"{', '.join(low)}: must be at least 1")
+    for name in ("samples", "max_new_tokens", "in_flight", "attempts", "rows"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: must be at least 1")
     return args
+
+
+def list_jobs(args, questions, rationales):
+    """(question, strategy, k) for each text that is missing. Those with equal worked examples are
+    neighbours: a server, too, may feed these once."""
+    n_there = Counter((rationale.id, rationale.strategy) for rationale in rationales)
+    jobs = []
+    for k in range(args.samples):
+        for strategy in STRATEGIES:
+            for question in questions:
+                if k >= n_there[question.id, strategy]:
+                    jobs.append((question, strategy, k))
+    return jobs
 
 
 def main() -> None:
     args = parse_args()
     questions = read_questions(args.questions)
     out = args.out or args.questions.with_name("teacher.jsonl")
+    there = []
     if out.exists():
         mend(out)
-    there = read_rationales(out, questions) if out.exists() else []
-    n_there, by_id = Counter((r.id, r.strategy) for r in there), {question.id: question for question in questions}
-    written, correct = Counter(r.strategy for r in there), Counter(
-        r.strategy for r in there if is_correct(r.strategy, r.text, by_id[r.id].answer))
-    jobs = [(question, strategy, k) for k in range(args.samples) for question in questions for strategy in STRATEGIES
-            if k >= n_there[question.id, strategy]]
+        there = read_rationales(out, questions)
+    by_id = {question.id: question for question in questions}
+    written = Counter()
+    correct = Counter()
+    for rationale in there:
+        written[rationale.strategy] += 1
+        gold = by_id[rationale.id].answer
+        correct[rationale.strategy] += is_correct(rationale.strategy, rationale.text, gold)
+    jobs = list_jobs(args, questions, there)
     print(f"{out}: {len(there)} texts are there, {len(jobs)} to come")
-    answers = ask_server(args, jobs) if args.url else ask_checkpoint(args, jobs, args.seed + len(there))
+    if args.url:
+        answers = ask_server(args, jobs)
+    else:
+        answers = ask_checkpoint(args, jobs, args.seed + len(there))
     n_tokens = 0
-    with open(out, "a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="text", disable=None) as bar:
+    bar = tqdm(total=len(jobs), unit="text", disable=None)
+    with open(out, "a", encoding="utf-8") as file, bar:
         for question, strategy, text, finished, used in answers:
-            record = {"id": question.id, "strategy": strategy, "text": text} | ({} if finished else {"finished": False})
+            record = {"id": question.id, "strategy": strategy, "text": text}
+            if not finished:
+                record["finished"] = False
             file.write(json.dumps(record) + "\n")
             file.flush()
             n_tokens += used
@@ -241,8 +397,9 @@ def main() -> None:
             correct[strategy] += is_correct(strategy, text, question.answer)
             bar.update()
             bar.set_postfix_str(f"{n_tokens:,} tokens")
-    print(f"{n_tokens:,} tokens used; correct: " + ", ".join(
-        f"{s} {correct[s]} of {written[s]} ({correct[s] / max(written[s], 1):.0%})" for s in STRATEGIES))
+    figures = [f"{s} {correct[s]} of {written[s]} ({correct[s] / max(written[s], 1):.0%})"
+               for s in STRATEGIES]
+    print(f"{n_tokens:,} tokens used; correct: {', '.join(figures)}")
 
 
 if __name__ == "__main__":
@@ -252,5 +409,6 @@ if __name__ == "__main__":
         print(f"teacher.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nteacher.py: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        print("\nteacher.py: stopped; the same command goes on from here", file=sys.stderr,
+              flush=True)
         os._exit(130)  # without waiting for requests that are still under way

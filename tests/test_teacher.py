@@ -20,14 +20,38 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
-from data.teacher import clean, parse_args, write_prompt  # noqa: E402
+from data.teacher import Teacher, ask_for, clean, examples, parse_args  # noqa: E402
 from data.files import Question  # noqa: E402
 
 ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal answer: 2", "pot": "```python\nanswer = 1 + 1\n```"}
+
+
+BODIES = {  # of an answer with status 200 that is none
+    "html": "<html>login</html>", "error": '{"error": {"message": "content filtered", "code": 403}}',
+    "no choices": '{"choices": null, "error": {"message": "overloaded"}}', "stream": 'data: {"choices": []}\n\n',
+    "number": "7",
+}
+MESSAGES = {  # an answer without a text -> (message, finish_reason)
+    "thoughts": ({"content": None, "reasoning_content": "Let me see"}, "stop"),
+    "long thoughts": ({"content": "", "reasoning": "Let me see"}, "length"),
+    "thoughts in it": ({"content": "<think>Let me see"}, "length"),
+    "refusal": ({"content": None, "refusal": "I cannot"}, "stop"), "filter": ({"content": ""}, "content_filter"),
+    "no content": ({"role": "assistant"}, "length"), "no message": (None, "content_filter"),
+    "list of thoughts": ({"content": [{"type": "thinking", "thinking": "Let me see"}]}, "length"),
+}
+TEXTS = {  # an answer with a text -> (message, finish_reason)
+    "parts": ({"content": [{"type": "thinking", "thinking": "no"}, {"type": "text", "text": "answer = 1 + 1"}]}, "stop"),
+    "half": ({"content": "1 + 1 = 2. Final answer: 2 \ud83d"}, "stop"), "low half": ({"content": "2 \udcb2"}, "eos"),
+    "broken": ({"content": "Final answer: 2. So"}, "error"), "no reason": ({"content": "Final answer: 2"}, None),
+    "model length": ({"content": "Final answer: 2. So"}, "model_length"), "turn": ({"content": "Final answer: 2"}, "end_turn"),
+    "runs on": ({"content": "answer = 1 + 1\n\nQuestion: How"}, "length"),
+}
+MESSAGES |= TEXTS
 
 
 class Server(ThreadingHTTPServer):
@@ -84,10 +108,12 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(200)
             elif mood in ("cut", "cut error"):
                 self.reply(200 if mood == "cut" else 502, "{", **{"Content-Length": "1000"})
-            elif mood == "garbage":
-                self.reply(200, "<html>busy</html>")
-            elif mood == "no choices":
-                self.reply(200, '{"error": "overloaded"}')
+            elif mood in BODIES:
+                self.reply(200, BODIES[mood])
+            elif mood in MESSAGES:
+                message, reason = MESSAGES[mood]
+                choice = {"message": message} if chat else {"text": message}
+                self.reply(200, json.dumps({"choices": [choice | {"finish_reason": reason}]}))
             elif isinstance(mood, int):
                 self.reply(mood, "trouble", **({"Retry_After": "3"} if mood == 429 else {}))
             else:
@@ -150,18 +176,41 @@ def test_collects_every_sample_of_every_strategy(questions, tmp_path, flags):
 def test_the_worked_examples_are_right_and_the_same_in_all_strategies():
     questions = []
     for strategy in STRATEGIES:
-        prompt = write_prompt(strategy, Question("1", "How many?", 1))
-        examples = re.findall(r"Question: (.*?)\nAnswer:\s(.*?)\n\n(?=Question:)", prompt, re.DOTALL)
-        assert len(examples) == 8 and prompt.endswith("Question: How many?\nAnswer:")
-        questions.append([(question, numeric_answer(strategy, text)) for question, text in examples])
+        prompt = examples(strategy) + ask_for(Question("1", "How many?", 1))
+        pairs = re.findall(r"Question: (.*?)\nAnswer:\s(.*?)\n\n(?=Question:)", prompt, re.DOTALL)
+        assert len(pairs) == 8 and prompt.endswith("Question: How many?\nAnswer:")
+        questions.append([(question, numeric_answer(strategy, text)) for question, text in pairs])
     assert questions[0] == questions[1] == questions[2] and None not in dict(questions[0]).values()
 
 
-@pytest.mark.parametrize("strategy, text, cleaned", [
+PROGRAM = "eggs = 9\nanswer = eggs * 2"
+CLEANED = [  # strategy, text, what is kept of it
+    # a further question, half a stop string, what follows the answer
     ("cot", "Final answer: 3\n\nQuestion: next", "Final answer: 3"), ("l2m", "  7 ", "7"),
+    ("cot", "Final answer: 10\n\nAnother one:\nFinal answer: 5", "Final answer: 10"),
+    ("cot", "**Final Answer:**\n\\[\n\\boxed{3}\n\\]\nI hope it helps.", "**Final Answer:**\n\\[\n\\boxed{3}\n\\]"),
+    ("cot", "The final answer: see below.\nFinal answer: 3\nBye.", "The final answer: see below.\nFinal answer: 3"),
+    ("pot", "answer = 18\nQ", "answer = 18"), ("pot", "answer = 18\n\nQuestion", "answer = 18"),
+    # thoughts, control tokens, labels
+    ("cot", "<think>\nMaybe 17. Final answer: 17? no.\n</think>\n\n3 * 6 = 18. Final answer: 18", "3 * 6 = 18. Final answer: 18"),
+    ("cot", "Maybe 17.\n</think>\n18", "18"), ("cot", "<think>I begin to", ""),
+    ("cot", "<|im_start|>assistant\nFinal answer: 3<|im_end|>\n<|im_start|>user\nHi", "Final answer: 3"),
+    ("pot", "answer = 18\n<end_of_turn>", "answer = 18"), ("pot", "answer = 18<|eot_id|>", "answer = 18"),
+    ("pot", "Answer:\n" + PROGRAM, PROGRAM), ("pot", "**Answer:**\n\nanswer = 18", "answer = 18"), ("cot", "[cot]: 18", "18"),
+    # fences
     ("cot", "```\n1+2\n```\nFinal answer: 3", "```\n1+2\n```\nFinal answer: 3"),
     ("pot", "Here it is:\n```python\nx = 1\nanswer = x\n```\nDone.", "x = 1\nanswer = x"),
-    ("pot", "```Python3 \r\nanswer = 1\n```\nDone.", "answer = 1"), ("pot", "```\nanswer = 1", "answer = 1")])
+    ("pot", "```Python3 \r\nanswer = 1\n```\nDone.", "answer = 1"), ("pot", "```\nanswer = 1", "answer = 1"),
+    ("pot", "~~~python\nanswer = 18\n~~~", "answer = 18"), ("pot", "```python answer = 18```", "answer = 18"),
+    ("pot", "- Code:\n\t```python\n\teggs = 9\n\tanswer = eggs * 2\n\t```", PROGRAM),
+    ("pot", " eggs = 9\n answer = eggs * 2", PROGRAM), ("pot", " " + PROGRAM, PROGRAM),
+    ("pot", "```python\nanswer = 17\n```\nBetter:\n```python\nanswer = 18\n```\nIt prints:\n```\n18\n```", "answer = 18"),
+    ("pot", "Given:\n```\n9 eggs twice\n```\n```python\nanswer = 9 * 2\n```", "answer = 9 * 2"),
+    ("pot", "<think>\n```python\nanswer = 17\n```\nno.\n</think>\n\n```python\nanswer = 18\n```", "answer = 18"),
+]
+
+
+@pytest.mark.parametrize("strategy, text, cleaned", CLEANED)
 def test_clean(strategy, text, cleaned):
     assert clean(strategy, text) == cleaned
 
@@ -188,12 +237,11 @@ def test_a_stopped_collection_asks_only_for_what_is_missing(questions, tmp_path)
 
 
 def test_bad_weather_is_survived(questions, tmp_path):
-    """500, 429 with Retry-After, garbage, an error in place of an answer, silence, answers that break off: asked again,
-    nothing is lost."""
-    server = Server([500, 429, "garbage", "no choices", "nothing", "cut", "cut error", 408, "uncounted"])
+    """500, 429 with Retry-After, silence, answers that break off: asked again, nothing is lost."""
+    server = Server([500, 429, "nothing", "cut", "cut error", 408, "uncounted"])
     started = time.time()
     collect(questions, server, "--timeout", 1)
-    assert len(server.requests) == 18 + 8 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
+    assert len(server.requests) == 18 + 6 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
     assert 3 < time.time() - started < 150  # Retry-After asks for 3 s; the silence would last 200
 
 
@@ -212,13 +260,49 @@ def test_a_refusal_is_not_asked_again(questions):
     assert "401" in printed and len(server.requests) <= 2
 
 
-def test_a_question_that_is_refused_does_not_stop_the_others(questions, tmp_path):
-    """A content filter, say. The next start asks for it again."""
-    server = Server(["well", 400])
-    assert "1 requests were refused" in collect(questions, server)
-    assert len(server.requests) == 18 and len(read_lines(tmp_path / "teacher.jsonl")) == 17
+NO_TEXT = {"trouble": 400} | {name: name for name in [*BODIES, *MESSAGES] if name not in TEXTS}
+
+
+@pytest.mark.parametrize("mood", NO_TEXT.values(), ids=str)
+def test_one_request_without_a_text_does_not_stop_the_others(questions, tmp_path, mood):
+    """It is not written, but named with the beginning of what the server said. The next start asks for it alone."""
+    server = Server(["well", mood])
+    printed = collect(questions, server)
+    assert "1 requests were refused" in printed and len(server.requests) == 18
+    for part in ({400: ["400: trouble"], "html": ["login"], "error": ["content filtered"], "no choices": ["overloaded"],
+                  "stream": ["data: {"], "thoughts": ["'stop'", "reasoning_content"], "refusal": ["I cannot"],
+                  "long thoughts": ["'length'", "there is reasoning", "--max-new-tokens"]}.get(mood, [])):
+        assert part in printed
+    assert len(read_lines(tmp_path / "teacher.jsonl")) == 17
     collect(questions, again := Server())
     assert len(again.requests) == 1 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
+
+
+@pytest.mark.parametrize("mood, text, finished", [
+    ("parts", "answer = 1 + 1", True), ("half", "1 + 1 = 2. Final answer: 2 \ufffd", True), ("low half", "2 \ufffd", True),
+    ("broken", "Final answer: 2. So", False), ("no reason", "Final answer: 2", False),
+    ("model length", "Final answer: 2. So", False), ("turn", "Final answer: 2", True), ("runs on", "answer = 1 + 1", True)])
+def test_what_is_written(questions, tmp_path, mood, text, finished):
+    """Finished is what the server calls finished, and what was cut at a further question. What is written can be read."""
+    collect(questions, Server([mood] * 18))
+    lines = read_lines(tmp_path / "teacher.jsonl")
+    assert {line["text"] for line in lines} == {text} and {line.get("finished", True) for line in lines} == {finished}
+    collect(questions, done := Server())
+    assert not done.requests
+
+
+@pytest.mark.parametrize("mood, part", [("thoughts", "reasoning_content"), ("html", "login"), ("error", "content filtered")])
+def test_a_server_without_one_text_is_reported(questions, tmp_path, mood, part):
+    server = Server([mood] * 100)
+    last = collect(questions, server, "--samples", 20, code=2).strip().splitlines()[-1]
+    assert part in last and server.url in last and "20 requests and no text" in last
+    assert 20 <= len(server.requests) < 40 and read_lines(tmp_path / "teacher.jsonl") == []  # of 180
+
+
+def test_the_client_has_a_name(questions):
+    """Some servers turn away what calls itself Python-urllib."""
+    collect(questions, server := Server())
+    assert server.headers[0]["User-Agent"].startswith("siked-teacher/")
 
 
 def test_a_server_that_refuses_everything_is_reported(questions):
@@ -275,9 +359,10 @@ def test_requests_run_at_the_same_time(questions):
 
 
 def test_texts_that_the_limit_cut_off_are_marked(questions, tmp_path):
-    server = Server(["long"] * 18)
-    collect(questions, server)
-    assert all(line["finished"] is False for line in read_lines(tmp_path / "teacher.jsonl"))
+    """But not those that went on to a further question: they were whole before."""
+    collect(questions, Server(["long"] * 18))
+    for line in read_lines(tmp_path / "teacher.jsonl"):
+        assert line.get("finished", True) is (line["text"] == "Final answer: 3")
 
 
 def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
@@ -290,8 +375,9 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
 
     def collect(samples):
-        run_here(questions, "--model", model, "--samples", samples, "--max-new-tokens", 12,
-                 "--rows", 32)
+        printed = run_here(questions, "--model", model, "--samples", samples, "--max-new-tokens",
+                           12, "--rows", 32)
+        assert "GB of weights" in printed and "at most" in printed  # beforehand
         return read_lines(tmp_path / "teacher.jsonl")
 
     first = collect(1)
@@ -300,3 +386,16 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     assert both[:3] == first and len(both) == 9
     texts = {(line["id"], line["strategy"], line["text"]) for line in both}
     assert len(texts) > 7  # of 9, if no text came twice; with the seeds of the first start 3 fewer
+
+
+def test_a_checkpoint_stops_at_the_next_question_and_feeds_the_examples_once():
+    """The worked examples are the stem of every prompt of a strategy. The weights are there once."""
+    teacher = Teacher(ROOT / "data/student", 40, 8, torch.bfloat16, "cpu", torch.bfloat16)
+    prompts = [teacher.prompt(Question(str(i), f"How many, {i}?", 1), "pot") for i in range(2)]
+    assert prompts[0][0] == prompts[1][0] and prompts[0][1] != prompts[1][1]
+    assert teacher.tokenizer.decode(prompts[0][0]).count("Question:") == 8
+    assert teacher.model.cast(teacher.dtype) is teacher.model
+    ids = teacher.encode("answer = 18\n\nQuestion: How many")
+    ends = [i for i in range(len(ids) + 1) if teacher.is_over(ids[:i])]
+    assert teacher.tokenizer.decode(ids[:ends[0]]).endswith("\nQuestion:")
+    assert not teacher.is_over(teacher.encode("The Question: how many?"))
