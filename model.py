@@ -94,7 +94,7 @@ class Config:
     sliding_window: int | None = None           # keys that a sliding layer's query sees
     sliding_window_pattern: int | None = None   # every so-many-th layer is full
     layer_types: list[str] | None = None        # "full_attention" or "sliding_attention" each
-    extra: dict = field(default_factory=dict, repr=False, compare=False)  # all, to write them back
+    extra: dict = field(default_factory=dict, repr=False, compare=False)  # all fields of the file
 
     def __post_init__(self):
         if self.model_type not in FAMILIES:
@@ -132,7 +132,7 @@ class Config:
                     raise ValueError(f"{name} = {fields[name]!r} is not implemented")
             names = [f.name for f in dataclasses.fields(cls)]
             known = {name: fields[name] for name in names if name in fields}
-            if str(fields.get("model_type")).startswith("gemma"):  # it has another name there
+            if str(fields.get("model_type")).startswith("gemma"):  # its name in Gemma
                 known["hidden_act"] = fields.get("hidden_activation")
             return cls(**known | read_rope(fields), extra=fields)
         except (ValueError, TypeError, AttributeError) as error:  # a field is missing, say
@@ -274,8 +274,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.index, k, v)           # (B, H_kv, S, D): the cached ones too
         if T == 1:
-            # The H / H_kv query heads that share a key head become as many queries of that head:
-            # several times as fast. All are at one position, so no causal mask.
+            # The H / H_kv query heads that share a key head are laid out along T, as if that head
+            # had as many queries: several times as fast. All are at one position: no causal mask.
             q = q.view(B, k.shape[1], -1, self.head_dim)    # (B, H_kv, H / H_kv, D)
         y = F.scaled_dot_product_attention(
             q, k, v,
@@ -435,7 +435,7 @@ class Decoder(nn.Module):
         """A copy in another dtype, to sample with. The model itself if it is in that dtype."""
         if dtype == self.model.norm.weight.dtype:
             return self
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory
             copy = Decoder(self.config)
         tensors = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
         copy.load_state_dict(tensors, assign=True)

@@ -41,7 +41,7 @@ class Round:
     number: int
     generated: list[Rationale]      # what the student wrote
     own: list[Rationale]            # the part of it that was kept
-    training_mix: list[Rationale]   # what the student then trained on, but for texts too long
+    training_mix: list[Rationale]   # what it then trained on, but for too long texts
     results: dict[str, list[dict]]  # evaluation set -> what `evaluate` returns
 
 
@@ -245,8 +245,9 @@ def summarise(records) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# Figure 2 of the paper: alpha falls from round to round, since the student solves more questions
-# and fewer need the teacher; and the mix comes to prefer what the student prefers
+# measures of the paper's Figure 2. With `adaptive` the teacher's share of the mix, alpha, falls
+# from round to round: the student solves more questions, and fewer need the teacher. And the mix
+# comes to prefer the strategies that the student prefers
 
 
 def measure(result: Round, labels: dict) -> list[dict]:

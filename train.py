@@ -7,7 +7,8 @@
 
 --data holds train.jsonl, teacher.jsonl and test.jsonl; any further *.jsonl is evaluated, too.
 --out gets args.json, metrics.jsonl, report.md, and a folder for each trained model.
-Stopped or killed? The same command goes on where it was, and its result is the same.
+Stopped or killed? Type the same command again: it goes on where it was, to the same result (on a
+CPU to the same bits).
 
 Read siked.py before: it calls `train`. Sampling is in sampler.py.
 """
@@ -57,11 +58,11 @@ FLAGS = (  # name, default, least value, meaning
     ("--lora", 0, 0, "rank of LoRA adapters; 0: train all weights"),
     ("--rows", 256, 1, "texts written at once; fewer need less memory"),
 )
-# What nobody changes has no flag. A preset may set it.
+# What is seldom changed has no flag. Only a preset sets it.
 SETTINGS = {
     "warmup": 20,          # optimizer steps
     "weight_decay": 0.01,
-    "lora_alpha": 32,      # the adapters count lora_alpha / rank times
+    "lora_alpha": 32,      # the adapters' output is multiplied by lora_alpha / rank
     "max_length": 512,     # tokens; longer examples are left out
     "keep": 1,             # own texts per question and strategy in a mix
     "held_out": 0.1,       # share of the training questions, to choose settings on
@@ -169,9 +170,9 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
 def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
     """Trains the student's model in place on examples [(prompt ids, target ids)].
 
-    A step takes several batches and divides by the trained tokens of all of them. Texts of a batch
-    have similar lengths. If a step were one batch of short texts, its loss would be divided by few
-    tokens, and the tags of short texts would weigh more than those of long ones.
+    A step takes several batches, and its loss is the mean over the trained tokens of all of them.
+    Texts of a batch have similar lengths. If a step were one batch of short texts, the mean would
+    be over few tokens, and the tags of short texts would weigh more than those of long ones.
     checkpoint: a file from which a killed training goes on, to the same weights.
     ValueError if the loss is not finite.
     """
@@ -181,7 +182,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
         model.add_lora(args.lora, args.lora_alpha, seed)
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter)  # also in a process that gets no batch
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), fused=True,
                                   weight_decay=args.weight_decay)
     done = 0
@@ -234,7 +235,7 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
         by_id = {question.id: question for question in questions}
         examples = []
         for rationale in rationales:
-            stem, tail = student.prompt(by_id[rationale.id])
+            stem, tail = student.prompt(by_id[rationale.id])  # one prompt in two parts
             target = student.target(rationale)
             if len(stem + tail + target) <= args.max_length:
                 examples.append((stem + tail, target))
@@ -242,7 +243,7 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
         if examples:
             steps = control_steps.get(folder, steps)
             fine_tune(student, examples, steps, args, seed, folder.name, folder / "training.pt")
-        elif folder.name == "combined":
+        elif folder.name == "combined":  # later mixes and controls may be empty
             raise ValueError("teacher.jsonl: no rationale is right, finished and short enough")
         print(f"{folder.name}: trained for {steps} steps on {len(examples)} rationales; left out, "
               f"longer than {args.max_length} tokens: {len(rationales) - len(examples)}")
@@ -296,7 +297,7 @@ def list_runs(args):
 
     --compare adds other mixes and the controls: "teacher", plus one for each strategy. A control
     sees the teacher's rationales alone, in the same rounds with as many optimizer steps as the run
-    of --mix: only the data differs.
+    of --mix, which is the first run: only the data differs.
     """
     runs = {args.mix: (args.mix, STRATEGIES)}
     if args.compare:
