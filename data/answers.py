@@ -49,7 +49,7 @@ PLAINER = [
     ("[\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}]", "-"),
     (r"\{,\}|,\\!", ","),
     ("\\\\[,;: ]|~|[\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}\t\r]", " "),
-    (rf"(?<=[0-9]) ?(?=\\[dt]?frac|[½⅓⅔¼¾])", " "),   # mixed: "2\frac{1}{3}"
+    (r"(?<=[0-9]) ?(?=\\[dt]?frac|[½⅓⅔¼¾])", " "),   # mixed: "2\frac{1}{3}"
     *FRACTIONS.items(),
     (r"\\[dt]?frac ?\{(-?[0-9.,]+)\} ?\{([0-9.,]+)\}", r"\1/\2|"),
     (r"\\[dt]?frac ?([0-9]) ?([0-9])", r"\1/\2|"),

@@ -246,6 +246,8 @@ def ask_checkpoint(args, jobs, seed: int):
     seed: another one for every start, or a question would get the texts again that it got before a
     stop.
     """
+    if not jobs:
+        return
     fields = read_json(Path(args.model) / "config.json")
     stored = fields.get("dtype") or fields.get("torch_dtype")
     dtype = getattr(torch, args.dtype or ("bfloat16" if stored == "bfloat16" else "float32"))

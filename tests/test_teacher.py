@@ -384,6 +384,7 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     assert Counter((line["id"], line["strategy"]) for line in first) == {("0", s): 1 for s in STRATEGIES}
     both = collect(3)
     assert both[:3] == first and len(both) == 9
+    assert "0 to come" in run_here(questions, "--model", model, "--samples", 3)
     texts = {(line["id"], line["strategy"], line["text"]) for line in both}
     assert len(texts) > 7  # of 9, if no text came twice; with the seeds of the first start 3 fewer
 
