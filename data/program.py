@@ -7,32 +7,28 @@
 
 A model wrote the program, so Python never runs it. `ast.parse` reads it, and the class Interpreter
 walks the tree. It knows a small part of Python: arithmetic, exact fractions, variables, loops,
-functions, lists, sets and dicts, strings, parts of `math`, and linear equations in sympy's words
-(`Symbol`, `Eq`) and in those of the authors (`solve_it`).
+functions, lists, sets and dicts, strings and how to format them, parts of `math`, and linear
+equations in sympy's words (`Symbol`, `Eq`) and in those of the authors (`solve_it`).
 
 Promised, for every text:
 - No way out. There are no files, and a program makes no classes. A value is an int, float,
   Fraction, bool, str, None, list, tuple, dict, set, range or of a class below. Attributes exist
-  only as `module.name` and `value.method`, from closed tables. `import` finds only what is in
-  these tables.
+  only as `module.name` and `value.method`, from closed tables, and so does what `import` finds.
 - It ends, within seconds and 200 MB. One budget of steps pays for everything before it is done.
-  There is no clock, signal or thread. So the verdict is the same on a slow machine, on every
-  system and in a worker thread.
+  There is no clock, so the verdict is the same on every machine.
 - Nothing is raised, and nothing half done counts. A number needs a program that ran to its end.
-- Where Python gives a number, this is the same number or none. (For equations it is sympy's
-  number, as an exact Fraction.) There are two exceptions:
-  1. Generators, zip, map, filter, enumerate and reversed are computed at once. They do not see a
-     later change of their source, and functions that they call are called for every element.
-  2. A set has its own order.
+- Where Python gives a number, this is the same number or none. (For equations it is sympy's, as an
+  exact Fraction; for a sum of floats that of Python 3.12.) But generators, zip, map, filter,
+  enumerate and reversed are computed at once, to their end: they do not see a later change of
+  their source. A set has its own order. Annotations are not evaluated.
 
 Not promised:
-- All of Python. What is unknown is refused, not guessed.
+- All of Python. What is unknown is refused, not guessed: `match`, `try`, `with`, `class`,
+  `f(**d)`, `"%(name)s"`, `"{0.real}"`, `"{!r}"`, `:=` in a generator ...
 - Safety from bugs in CPython's own parser, or in a thread with a stack below 512 kB.
 - The last word on a deep recursion: it is "budget" if the caller is deep in the stack.
 
-`evaluate_program` gives the reason beside the number, and lists the reasons. The log counts them.
-Read the file from both ends: `evaluate_program` says what is done, the tables at the end say what
-the language has.
+Read it from both ends: `evaluate_program` says what is done, the tables what the language has.
 """
 
 import ast
@@ -45,6 +41,7 @@ import sys
 import warnings
 from dataclasses import make_dataclass
 from fractions import Fraction
+from string import Formatter
 
 STEPS = 500_000       # the budget, some 0.4 s: a step pays for a node, an operation, an element, 8 characters, 64 bits
 MAX_BITS = 4_096      # of an integer
@@ -58,11 +55,12 @@ MAX_DEPTH = 100       # ... and its depth
 
 
 class Stop(Exception):
-    """The evaluator gives up: Stop("refused") or Stop("budget")."""
+    """The evaluator gives up. The text is the reason that evaluate_program gives."""
 
 
-class ProgramError(Exception):
-    """The program made a mistake: here Python would raise, too."""
+def stop_if(condition, reason="refused"):
+    if condition:
+        raise Stop(reason)
 
 
 def run_program(source):
@@ -83,13 +81,14 @@ def evaluate_program(source):
     """
     interpreter = Interpreter()
     try:
-        interpreter.run(parse(source))
+        tree = interpreter.module.node = parse(source)
+        interpreter.block(tree.body)
         value = interpreter.module.names.get("answer")
     except Stop as stop:
         return None, str(stop)
     except (RecursionError, MemoryError):
         return None, "budget"
-    except (ProgramError, RuntimeError):  # RuntimeError: a dict or set changed its size while a loop walked it
+    except RuntimeError:  # a dict or set changed its size while a loop walked it
         return None, "error"
     except Exception as error:
         print(f"data/program.py: a bug, please report this program: {error!r}\n{source}", file=sys.stderr)
@@ -112,16 +111,14 @@ warnings.filterwarnings("ignore", module="<pot>")  # what the parser finds odd i
 def parse(source):
     """The syntax tree, checked. CPython's parser recurses in C: 15,000 minus signs overflow a thread's stack of 512 kB
     (macOS) and end the process. So the text is measured first, roughly: signs in strings and comments count as well."""
-    if type(source) is not str or len(source) > MAX_SOURCE:
-        raise Stop("refused")
-    if len(re.findall(r"[-+~]|\*\*|\bnot\b|\blambda\b", source)) > MAX_SIGNS:
-        raise Stop("refused")
+    stop_if(type(source) is not str or len(source) > MAX_SOURCE)
+    stop_if(len(re.findall(r"[-+~]|\*\*|\bnot\b|\blambda\b", source)) > MAX_SIGNS)
     try:
         tree = ast.parse(source, "<pot>")
         annotate(tree)
         compile(tree, "<pot>", "exec", dont_inherit=True)  # for the rest of the syntax; the code is thrown away
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte, half of a surrogate pair
-        raise ProgramError from error
+        raise Stop("error") from error
     return tree
 
 
@@ -133,27 +130,33 @@ def annotate(tree):
     while todo:
         node, scope, depth = todo.pop()
         kind, count = type(node), count + 1
-        if kind not in KNOWN or count > MAX_NODES or depth > MAX_DEPTH:
-            raise Stop("refused")
-        if kind is ast.Constant and (type(node.value) not in PLAIN or bits(node.value) > MAX_BITS):
-            raise Stop("refused")  # bytes, 2j, ...
-        if kind is ast.Name and type(node.ctx) is ast.Store:
+        stop_if(kind not in KNOWN or count > MAX_NODES or depth > MAX_DEPTH)
+        if kind is ast.Constant:
+            stop_if(type(node.value) not in PLAIN or bits(node.value) > MAX_BITS)  # bytes, 2j, ...
+        elif kind is ast.Name and type(node.ctx) is not ast.Load:
             scope.local.add(node.id)
         elif kind in (ast.FunctionDef, ast.alias):
             scope.local.add(getattr(node, "asname", None) or node.name)
         elif kind in (ast.Global, ast.Nonlocal):
             scope.declared.update(dict.fromkeys(node.names, kind))
+        elif kind is ast.NamedExpr:  # from a comprehension it assigns to the scope around it
+            while type(scope) in (ast.ListComp, ast.SetComp, ast.DictComp):
+                scope = scope.around
+            stop_if(scope is None or type(scope) is ast.GeneratorExp)  # Python may leave that early
         if kind in SCOPED:
-            scope, node.local, node.declared = node, set(), {}
+            node.around, node.local, node.declared = scope, set(), {}
+            scope = node
         elif kind is ast.arguments:
             scope.local.update(parameter.arg for parameter in node.args)
+            scope = None  # no `:=` in a default: that is evaluated elsewhere
         todo.extend((child, scope, depth + 1) for child in ast.iter_child_nodes(node))
 
 
 # ---- Values ----
 
-Linear = make_dataclass("Linear", ["terms"], frozen=True)  # 2x - 3: (("", -3), ("x", 2)), the constant under ""
-Equation = make_dataclass("Equation", ["left", "right"], frozen=True)
+# (2x - 3) / y: above (("", -3), ("x", 2)), below (("y", 1),). The constant stands under "".
+Linear = make_dataclass("Linear", ["above", "below"], frozen=True)
+Equation = make_dataclass("Equation", ["zero"], frozen=True)  # of a = b: the Linear a - b
 # Without a text: Python puts that of any value into some of its errors, and here it would be that of all names in reach.
 Module = make_dataclass("Module", ["names"], eq=False, repr=False)
 Builtin = make_dataclass("Builtin", ["run"], eq=False, repr=False)  # a function of this file: (interpreter, *arguments)
@@ -163,12 +166,13 @@ Iterator = type(iter([]))  # from zip, map, a generator ...: computed at once, b
 
 NUMBERS = {int, float, bool, Fraction}
 EXACT = {int, Fraction}
+ONE = (("", 1),)  # below the line of 2x - 3
 PLAIN = {int, float, bool, str, type(None)}
 VIEWS = {type({}.keys()), type({}.values()), type({}.items())}
 CONTAINERS = {list, tuple, set, dict, *VIEWS}
 ITERABLES = {str, range, Iterator, *CONTAINERS}
 UNPRINTABLE = {set, Iterator, Module, Builtin, Function, Linear, Equation}  # their text is not Python's, or differs by run
-VALUES = {Fraction, Linear, *PLAIN, *ITERABLES, *UNPRINTABLE}
+VALUES = {Fraction, *PLAIN, *ITERABLES, *UNPRINTABLE}
 # Python's own operations raise these for a mistake in the program. Any other exception is a bug of this file.
 HOST_ERRORS = (ArithmeticError, LookupError, StopIteration, TypeError, ValueError)
 
@@ -188,14 +192,9 @@ class Interpreter:
     """One run of a program: the budget that is left and the scope of names."""
 
     def __init__(self):
-        self.steps = STEPS
-        self.calls = 0
+        self.steps, self.calls = STEPS, 0
         self.scope = self.module = Scope(None, None, {})
         self.returned = None  # the value of the last `return`
-
-    def run(self, tree):
-        self.module.node = tree
-        self.block(tree.body)
 
     # The budget, and Python's own operations under it
 
@@ -204,15 +203,9 @@ class Interpreter:
         if self.steps < 0:
             raise Stop("budget")
 
-    def pay_bits(self, size):
-        if not size <= MAX_BITS:  # instead of ">", for the exponent of a power may be NaN
-            raise Stop("budget")
-        self.pay(int(size) // 64)
-
-    def pay_size(self, size, per_step=1):
-        if size > MAX_SIZE:
-            raise Stop("budget")
-        self.pay(size // per_step)
+    def pay_for(self, size, limit, per_step=1):
+        stop_if(not size <= limit, "budget")  # instead of ">": the exponent of a power may be NaN
+        self.pay(int(size) // per_step)
 
     def weigh(self, *values, refuse=()):
         """Pay for all that Python may visit to compare, copy or print `values`. A shared list is paid at every visit:
@@ -221,10 +214,8 @@ class Interpreter:
         while todo:
             value, depth = todo.pop()
             kind = type(value)
-            if kind in refuse:
-                raise Stop("refused")
-            if depth > MAX_NEST:
-                raise Stop("budget")
+            stop_if(kind in refuse)
+            stop_if(depth > MAX_NEST, "budget")
             if kind is str:
                 self.pay(len(value) // 8)
             elif kind in EXACT:
@@ -232,8 +223,8 @@ class Interpreter:
             elif kind is range:
                 self.pay(self.apply(len, value))
             elif kind in CONTAINERS or kind in (Linear, Equation):
-                items = value.terms if kind is Linear else (value.left, value.right) if kind is Equation else value
-                items = value.items() if kind is dict else items
+                items = value.items() if kind is dict else value
+                items = items if kind in CONTAINERS else vars(value).values()
                 self.pay(len(items) + 1)
                 todo.extend((item, depth + 1) for item in items)
 
@@ -242,34 +233,33 @@ class Interpreter:
         bounded, and the result is checked, so that nothing outside our closed set of values gets in."""
         self.pay(1)
         if function in INDEXED:  # the solution of an equation may be an index, as in sympy
-            args = [whole(value) if type(value) is Fraction else value for value in args]
+            args = list(map(whole, args))
         free = function in FREE
         if not free and not NUMBERS.issuperset(map(type, args)):
             self.weigh(*args, *keywords.values())
         try:
             if function in BITS:
-                self.pay_bits(BITS[function](*args, **keywords))
+                self.pay_for(BITS[function](*args, **keywords), MAX_BITS, 64)
             if function in SIZES:
-                self.pay_size(SIZES[function](*args, **keywords))
+                self.pay_for(SIZES[function](*args, **keywords), MAX_SIZE)
             result = function(*args, **keywords)
         except HOST_ERRORS as error:
-            raise ProgramError from error
+            raise Stop("error") from error
         kind = type(result)
-        if kind not in VALUES:
-            raise Stop("refused")  # such as the complex number (-8) ** 0.5
+        stop_if(kind not in VALUES)  # such as the complex number (-8) ** 0.5
         if kind is range:
-            self.pay_bits(20 * bits(result.start, result.stop, result.step))  # its numbers are made without being paid for
+            # Its numbers are made without being paid for
+            self.pay_for(20 * bits(result.start, result.stop, result.step), MAX_BITS, 64)
         for part in result if function is divmod else [result]:
             if type(part) in EXACT:
-                self.pay_bits(bits(part))
+                self.pay_for(bits(part), MAX_BITS, 64)
         if not free and (kind is str or kind in CONTAINERS):
-            self.pay_size(len(result), per_step=8 if kind is str else 1)
+            self.pay_for(len(result), MAX_SIZE, 8 if kind is str else 1)
         return result
 
     def each(self, values):
         """Yield the elements one by one, a step for each: `for i in range(10 ** 15)` may leave early."""
-        if type(values) not in ITERABLES:
-            raise ProgramError("not iterable")
+        stop_if(type(values) not in ITERABLES, "error")
         if type(values) is set:
             self.weigh(values)
             if not all(type(value) in NUMBERS for value in values):
@@ -280,38 +270,45 @@ class Interpreter:
 
     def listed(self, values):
         """The elements as a new list."""
-        if type(values) in ITERABLES and self.apply(operator.length_hint, values) > MAX_SIZE:
-            raise Stop("budget")
+        stop_if(self.apply(operator.length_hint, values) > MAX_SIZE, "budget")
         return list(self.each(values))
 
     def key(self, value):
         """`value`, if it may be a dict key or in a set. Integers of more than 60 bits are refused: all multiples of
         2**61 - 1 have the hash 0, and a set of them takes quadratic time; so are long tuples, of which many can be found
         with one hash, and NaN, whose place depends on its address."""
+        self.weigh(value)
         size = 0  # bits
         for part in value if type(value) is tuple else [value]:
-            self.pay(1 + (len(part) // 8 if type(part) is str else 0))
             size += 64 if type(part) is float else bits(part)
             if type(part) is Linear:
                 self.unknown(part)
-            elif type(part) not in PLAIN or bits(part) > 60 or size > 200 or part != part:
-                raise Stop("refused")
+            else:
+                stop_if(type(part) not in PLAIN or bits(part) > 60 or size > 200 or part != part)
         return value
 
     # Operations of the language that are more than one of Python's
 
     def operate(self, operation, a, b):
-        """a + b, a ** b ...: `operation` is a function of the module operator."""
+        """a + b ...: `operation` is a function of the module operator."""
         if type(a) is Linear or type(b) is Linear:
             return self.combine(operation, a, b)
-        if operation is operator.mod and type(a) is str or type(a) in VIEWS or type(b) in VIEWS:
-            raise Stop("refused")  # formatting by "%", with widths without bound; a set of what was not a key
+        stop_if({type(a), type(b)} & VIEWS)  # a set of what was not a key
+        if operation is operator.mod and type(a) is str:
+            stop_if("%" in PERCENT.sub("", a))
+            self.weigh(b, refuse=UNPRINTABLE)
         return self.apply(operation, a, b)
 
-    def total(self, operation, values, start):
+    def total(self, operation, values, start=0):
+        """sum and math.prod. A sum of floats is that of Python 3.12 and later, whatever runs here:
+        what each rounding loses is kept and added at the end (Neumaier)."""
+        lost = 0.0
         for value in self.each(values):
-            start = self.operate(operation, start, value)
-        return start
+            before, start = start, self.operate(operation, start, value)
+            if operation is operator.add and type(before) is type(value) is float:
+                small, large = sorted([value, before], key=abs)
+                lost += large - start + small
+        return start + lost if type(start) is float and math.isfinite(lost) else start
 
     def compare(self, comparison, a, b):
         if comparison in (ast.In, ast.NotIn):
@@ -325,24 +322,18 @@ class Interpreter:
                 found = self.apply(operator.contains, b, a)
             return found is (comparison is ast.In)
         if comparison in (ast.Is, ast.IsNot):
-            if a is not None and b is not None:
-                raise Stop("refused")  # whether two equal numbers are one object is an accident
+            stop_if(a is not None and b is not None)  # equal numbers are one object by accident
             return (a is b) is (comparison is ast.Is)
         return self.apply(COMPARISONS[comparison], a, b)
 
-    def item(self, container, index):
-        if type(container) is dict:
-            self.key(index)
-        elif type(index) is slice:
-            self.weigh(container)
-        return self.apply(operator.getitem, container, index)
-
-    def set_item(self, container, index, value):
+    def at(self, operation, container, index, *value):
+        """container[index], container[index] = value and del container[index]."""
         if type(index) is slice:
-            raise Stop("refused")
-        if type(container) is dict:
+            stop_if(operation is not operator.getitem)
+            self.weigh(container)
+        elif type(container) is dict:
             self.key(index)
-        self.apply(operator.setitem, container, index, value)
+        return self.apply(operation, container, index, *value)
 
     def sort(self, values, /, *, key=None, reverse=False):
         values = self.listed(values)
@@ -352,33 +343,20 @@ class Interpreter:
         self.pay((before - self.steps) * len(keys).bit_length())  # so often each is compared
         return [values[i] for i in sorted(range(len(keys)), key=keys.__getitem__, reverse=bool(reverse))]
 
-    def extreme(self, pick, values, *more, key=None, **default):
-        """min and max: `pick` is one of them."""
+    def extreme(self, pick, values, *more, key=None, **default):  # `pick` is min or max
         values = [values, *more] if more else self.listed(values)
-        if key is None or not values:
+        if not values:
             return self.apply(pick, values, **default)
-        better, best = (operator.gt if pick is max else operator.lt), None
-        for value in values:
-            found = self.call(key, [value], {}), value
-            if best is None or self.apply(better, found[0], best[0]):
-                best = found
-        return best[1]
+        keys = values if key is None else [self.call(key, [value], {}) for value in values]
+        self.weigh(keys)
+        return values[self.apply(pick, range(len(keys)), key=keys.__getitem__, **default)]
 
     def rows(self, lists):
         """zip: one element of each in turn, so that one iterator may stand for several lists."""
-        iterators = [values if type(values) is Iterator else iter(self.listed(values)) for values in lists]
-        result = []
-        while iterators:
-            row = []
-            for iterator in iterators:
-                self.pay(1)
-                for value in iterator:
-                    row.append(value)
-                    break
-                else:
-                    return result
-            result.append(tuple(row))
-        return result
+        lists = [values if type(values) is Iterator else self.listed(values) for values in lists]
+        rows = list(zip(*lists))
+        self.pay(len(rows) * (1 + len(lists)))
+        return rows
 
     def dictionary(self, values):
         pairs = [self.listed(pair) for pair in self.each(values.items() if type(values) is dict else values)]
@@ -391,66 +369,91 @@ class Interpreter:
     def format(self, value, spec=""):
         if spec == "":
             return self.show(value)
-        if type(value) not in {str, *NUMBERS} or not FORMAT.fullmatch(spec):
-            raise Stop("refused")
-        value = whole(value) if type(value) is Fraction else value
+        stop_if(type(value) not in {str, *NUMBERS} or not FORMAT.fullmatch(spec))
+        value = whole(value)
         return self.apply(format, float(value) if type(value) is Fraction else value, spec)
+
+    def fill(self, text, /, *args, **named):
+        """text.format(...). Only the fields {}, {2}, {name} and {:.2f} are let in."""
+        stop_if(re.search(r"\{(?!\{|\w*[:}])", text))
+        formatter = Formatter()
+        formatter.format_field = self.format
+        return self.apply(str.join, "", [formatter.vformat(text, args, named)])
 
     # Equations: linear ones, solved exactly. A symbol is a Linear, Eq(left, right) an Equation
 
     def unknown(self, symbol):
         """The name in a bare symbol."""
-        if type(symbol) is not Linear or len(symbol.terms) != 1 or symbol.terms[0][1] != 1:
-            raise Stop("refused")
-        return symbol.terms[0][0]
+        stop_if(type(symbol) is not Linear)
+        name = symbol.above[-1][0]
+        stop_if(symbol != Linear(((name, 1),), ONE))
+        return name
 
     def terms(self, value):
-        """{unknown: coefficient} of a Linear or a number. The float 0.1 counts as 1/10, as in sympy."""
+        """Two sums, above and below the line: {unknown: coefficient}. 0.1 is 1/10, as in sympy."""
         if type(value) is Linear:
-            self.pay(2 * len(value.terms))
-            return dict(value.terms)
-        if type(value) not in NUMBERS:
-            raise ProgramError("not a number")
-        return {"": self.apply(Fraction, repr(value) if type(value) is float else value)}
+            self.pay(2 * len(value.above + value.below))
+            return dict(value.above), dict(value.below)
+        stop_if(type(value) not in NUMBERS, "error")
+        return self.plus({}, {"": self.apply(Fraction, str(value))}), dict(ONE)
+
+    def plus(self, a, b, factor=1):
+        """The sum a + factor * b. Terms that are zero are left out."""
+        self.pay(4 * len(a) + 4 * len(b))  # a Fraction takes more time than its step pays for
+        result = dict(a)
+        for name, value in b.items():
+            value = self.apply(operator.mul, factor, value)
+            result[name] = self.apply(operator.add, a.get(name, 0), value)
+        return {name: value for name, value in result.items() if value}
+
+    def times(self, a, b):
+        """The product of two sums, of which one is a number."""
+        number, other = (a, b) if a.keys() <= {""} else (b, a)
+        stop_if(number.keys() - {""})
+        return self.plus({}, other, number.get("", 0))
 
     def combine(self, operation, a, b):
-        """a + b, a - b, a * b and a / b where the result is linear as well."""
-        a, b = self.terms(a), self.terms(b)
-        if operation is operator.mul and set(a) == {""}:
-            a, b = b, a
+        """a + b, a - b, a * b and a / b where no unknown is multiplied by an unknown."""
+        (a, below_a), (b, below_b) = self.terms(a), self.terms(b)
         if operation in (operator.add, operator.sub):
-            terms = {name: self.apply(operation, a.get(name, 0), b.get(name, 0)) for name in a | b}
-        elif operation in (operator.mul, operator.truediv) and set(b) == {""}:
-            terms = {name: self.apply(operation, a[name], b[""]) for name in a}
+            a, b = self.times(a, below_b), self.times(b, below_a)
+            above = self.plus(a, b, operation(0, 1))  # 1 or -1
         else:
-            raise Stop("refused")
-        terms = {name: value for name, value in terms.items() if value}
-        return Linear(tuple(sorted(terms.items()))) if set(terms) - {""} else Fraction(terms.get("", 0))
+            stop_if(operation not in (operator.mul, operator.truediv))
+            if operation is operator.truediv:
+                b, below_b = below_b, b
+            above = self.times(a, b)
+        below = self.times(below_a, below_b)
+        stop_if(not below, "error")  # a division by zero
+        # So that equal quotients look equal, the first coefficient below becomes 1
+        scale = self.apply(Fraction, 1, below[min(below)])
+        above, below = self.plus({}, above, scale), self.plus({}, below, scale)
+        if not above or above.keys() == below.keys() == {""}:
+            return above.get("", Fraction(0))
+        return Linear(tuple(sorted(above.items())), tuple(sorted(below.items())))
 
     def solve(self, equations, unknowns):
-        """{unknown: value} by Gauss-Jordan elimination; without a solution every value is None, as in solve_it."""
+        """{unknown: value} by Gauss-Jordan elimination. Without a solution every value is None, as
+        in solve_it. a / b = c is solved as a - b * c = 0. What makes b zero is no solution."""
         equations, unknowns = (x if type(x) in (list, tuple) else [x] for x in (equations, unknowns))
-        names, rows = [self.unknown(symbol) for symbol in unknowns], []
+        names, aboves, belows = [self.unknown(symbol) for symbol in unknowns], [], []
         for equation in equations:
             self.pay(len(names))
-            left, right = (equation.left, equation.right) if type(equation) is Equation else (equation, 0)
-            terms = self.terms(self.combine(operator.sub, left, right))
-            if set(terms) - {"", *names}:
-                raise Stop("refused")  # the solution would hold an unknown
-            rows.append([terms.get(name, 0) for name in names] + [-terms.get("", 0)])
-        for i in range(len(names)):
-            pivot = next((row for row in rows[i:] if row[i]), None)
-            if pivot is None:
-                raise Stop("refused")  # the solution, if there is one, would hold an unknown
+            above, below = self.terms(equation.zero if type(equation) is Equation else equation)
+            stop_if((above | below).keys() - {"", *names})  # the solution would hold an unknown
+            aboves.append(above)
+            belows.append(below)
+        rows, end = aboves + belows, len(aboves)
+        for i, name in enumerate(names):
+            pivot = next((row for row in rows[i:end] if name in row), None)
+            stop_if(pivot is None)  # the solution, if there is one, would hold an unknown
             rows.remove(pivot)
-            self.pay(4 * len(rows) * len(pivot))  # a Fraction takes more time than its step pays for
-            pivot = [self.apply(operator.truediv, value, pivot[i]) for value in pivot]
-            rows = [[self.apply(operator.sub, value, self.apply(operator.mul, row[i], step))
-                     for value, step in zip(row, pivot)] for row in rows]
+            pivot = self.plus({}, pivot, self.apply(Fraction, 1, pivot[name]))
+            rows = [self.plus(row, pivot, -row.get(name, 0)) for row in rows]
             rows.insert(i, pivot)
-        if any(row[-1] for row in rows[len(names):]):
+        if any(rows[len(names):end]) or not all(rows[end:]):
             return dict.fromkeys(unknowns)
-        return {symbol: Fraction(row[-1]) for symbol, row in zip(unknowns, rows)}
+        return {symbol: Fraction(-row.get("", 0)) for symbol, row in zip(unknowns, rows)}
 
     # Names and calls
 
@@ -462,44 +465,44 @@ class Interpreter:
             scope = self.module if scope.node.declared.get(name) is ast.Global else scope.outer
         return scope.names
 
+    def place(self, target):
+        """(container, index) of a target. The names of a scope are a container, too."""
+        if type(target) is ast.Name:
+            return self.home(target.id), target.id
+        stop_if(type(target) is not ast.Subscript)  # an attribute
+        return self.do(target.value), self.do(target.slice)
+
     def assign(self, target, value):
         self.pay(1)
         if type(target) is ast.Name:
             self.home(target.id)[target.id] = value
-        elif type(target) is ast.Subscript:
-            self.set_item(self.do(target.value), self.do(target.slice), value)
         elif type(target) in (ast.Tuple, ast.List):
             values, targets = self.listed(value), list(target.elts)
             for i, part in enumerate(targets):
                 if type(part) is ast.Starred:  # a, *rest, b = values
                     end = len(values) - (len(targets) - i - 1)
                     targets[i], values[i:end] = part.value, [values[i:end]]
-            if len(values) != len(targets):
-                raise ProgramError("unpacking")
+            stop_if(len(values) != len(targets), "error")
             for part, value in zip(targets, values):
                 self.assign(part, value)
         else:
-            raise Stop("refused")  # an attribute
+            self.at(operator.setitem, *self.place(target), value)
 
     def call(self, function, args, keywords):
         if type(function) is Builtin:
             try:
                 return function.run(self, *args, **keywords)
             except HOST_ERRORS as error:
-                raise ProgramError from error
-        if type(function) is not Function:
-            raise ProgramError("not callable")
-        if self.calls == MAX_CALLS:
-            raise Stop("budget")
+                raise Stop("error") from error
+        stop_if(type(function) is not Function, "error")
+        stop_if(self.calls == MAX_CALLS, "budget")
         node, caller = function.node, self.scope
         parameters = [parameter.arg for parameter in node.args.args]
         self.pay(len(parameters))
+        stop_if(len(args) > len(parameters), "error")
         given = dict(zip(parameters, args))
-        if len(args) > len(parameters) or given.keys() & keywords.keys() or keywords.keys() - set(parameters):
-            raise ProgramError("arguments")
-        names = dict(zip(parameters[::-1], function.defaults[::-1])) | given | keywords
-        if len(names) < len(parameters):
-            raise ProgramError("missing arguments")
+        names = dict(zip(reversed(parameters), reversed(function.defaults))) | given | keywords
+        stop_if(given.keys() & keywords.keys() or names.keys() != set(parameters), "error")
         self.scope, self.calls = Scope(node, function.scope, names), self.calls + 1
         if type(node) is ast.Lambda:
             result = self.do(node.body)
@@ -522,8 +525,7 @@ class Interpreter:
             if leave:
                 return leave
 
-    def loop(self, node, rounds):
-        """`for` and `while`."""
+    def loop(self, node, rounds):  # for, while
         for _ in rounds:
             leave = self.block(node.body)
             if leave in ("break", "return"):
@@ -541,11 +543,12 @@ class Interpreter:
                 else:
                     yield
 
-    def comprehend(self, node, *elements):
-        """The values of `elements` in all the rounds of a comprehension, which has a scope of its own."""
+    def comprehend(self, node):
+        """The elements of a comprehension, in a scope of its own. Those of a dict are pairs."""
         values, caller = self.do(node.generators[0].iter), self.scope
+        element = ast.Tuple([node.key, node.value]) if type(node) is ast.DictComp else node.elt
         self.scope = Scope(node, caller, {})
-        result = [[self.do(element) for element in elements] for _ in self.rounds(node.generators, values)]
+        result = [self.do(element) for _ in self.rounds(node.generators, values)]
         self.scope = caller
         return result
 
@@ -555,7 +558,7 @@ class Interpreter:
                 for value in (self.listed(self.do(node.value)) if type(node) is ast.Starred else [self.do(node)])]
 
     def do_Return(self, node):
-        self.returned = self.do(node.value) if node.value else None
+        self.returned = self.do(node.value)
         return "return"
 
     def do_Assign(self, node):
@@ -565,61 +568,54 @@ class Interpreter:
 
     def do_AugAssign(self, node):
         target = node.target
-        place = [self.do(target.value), self.do(target.slice)] if type(target) is ast.Subscript else []  # found once
-        if place and type(place[1]) is slice:
-            raise Stop("refused")
-        old, value = self.item(*place) if place else self.do(target), self.do(node.value)
+        if type(target) is ast.Subscript:  # its parts are evaluated once
+            stop_if(type(target.slice) is ast.Slice)
+            target = ast.Subscript(*map(ast.Constant, self.place(target)))
+        old, value = self.do(target), self.do(node.value)
         if type(old) is list and type(node.op) is ast.Add:
             old.extend(self.listed(value))  # in place: other names of this list see it
-        elif type(old) in (list, dict, set):
-            raise Stop("refused")
-        elif place:
-            self.set_item(*place, self.operate(OPERATORS[type(node.op)], old, value))
         else:
-            self.assign(target, self.operate(OPERATORS[type(node.op)], old, value))
-
-    def do_Assert(self, node):
-        if not self.do(node.test):
-            raise ProgramError("assertion")
+            stop_if(type(old) in (list, dict, set))
+            old = self.operate(OPERATORS[type(node.op)], old, value)
+        self.assign(target, old)
 
     def do_Import(self, node):
+        stop_if(getattr(node, "level", 0))  # from . import ...
+        module = getattr(node, "module", "")  # "" for `import math`
         for alias in node.names:
             self.pay(1)
-            path = f"{node.level * '.'}{node.module}.{alias.name}" if type(node) is ast.ImportFrom else alias.name
-            if path == "math.*":
+            known, name = IMPORTS.get(module, {}), alias.asname or alias.name
+            if (module, name) == ("math", "*"):
                 self.scope.names.update(MATH)
-            elif path not in IMPORTS or type(node) is ast.Import and "." in path:
-                raise Stop("refused")
             else:
-                name = alias.asname or alias.name
-                self.home(name)[name] = IMPORTS[path]
+                stop_if(alias.name not in known)
+                self.home(name)[name] = known[alias.name]
 
     def do_Lambda(self, node):
         more = node.args
-        if more.posonlyargs or more.vararg or more.kwonlyargs or more.kwarg or getattr(node, "decorator_list", []):
-            raise Stop("refused")
+        stop_if(more.posonlyargs or more.vararg or more.kwonlyargs or more.kwarg)
+        stop_if(getattr(node, "decorator_list", []))
         return Function(node, [self.do(default) for default in node.args.defaults], self.scope)
 
     def do_Name(self, node):
         names = self.home(node.id)
         if node.id in names:
+            stop_if(names[node.id] is UNKNOWN)
             return names[node.id]
         if names is self.module.names and node.id in BUILTINS:
             return BUILTINS[node.id]
-        raise Stop("refused") if hasattr(builtins, node.id) else ProgramError("unknown name")
+        raise Stop("refused" if hasattr(builtins, node.id) else "error")
 
     def do_Attribute(self, node):
         value = self.do(node.value)
         if type(value) is Module and node.attr in value.names:
             return value.names[node.attr]
-        if (type(value), node.attr) not in METHODS:
-            raise Stop("refused")
-        method = METHODS[type(value), node.attr]
-        return Builtin(lambda m, *args, **keywords: method(m, value, *args, **keywords))
+        method = METHODS.get((type(value), node.attr))
+        stop_if(method is None)
+        return Builtin(bound(value, method))
 
     def do_Call(self, node):
-        if any(keyword.arg is None for keyword in node.keywords):
-            raise Stop("refused")  # f(**keywords)
+        stop_if(any(keyword.arg is None for keyword in node.keywords))  # f(**keywords)
         function, args = self.do(node.func), self.evaluate(node.args)
         return self.call(function, args, {keyword.arg: self.do(keyword.value) for keyword in node.keywords})
 
@@ -627,9 +623,10 @@ class Interpreter:
         value = self.do(node.operand)
         if type(node.op) is ast.Not:
             return not value
-        if type(value) is Linear:
-            return self.combine(operator.mul, -1 if type(node.op) is ast.USub else 1, value)
-        return self.apply(operator.neg if type(node.op) is ast.USub else operator.pos, value)
+        sign = OPERATORS[type(node.op)]
+        if type(value) is not Linear:
+            return self.apply(sign, value)
+        return self.combine(operator.mul, sign(1), value)
 
     def do_BoolOp(self, node):
         for part in node.values:
@@ -647,123 +644,131 @@ class Interpreter:
             left = right
         return True
 
-    def do_Dict(self, node):
-        if None in node.keys:
-            raise Stop("refused")  # {**other}
-        return {self.key(self.do(key)): self.do(value) for key, value in zip(node.keys, node.values)}
-
     def do_FormattedValue(self, node):
         value = self.do(node.value)
         if node.conversion != -1:
-            value = self.show(value, {ord("r"): repr, ord("s"): str, ord("a"): ascii}[node.conversion])
-        return self.format(value, self.do(node.format_spec) if node.format_spec else "")
+            value = self.show(value, {"r": repr, "s": str, "a": ascii}[chr(node.conversion)])
+        return self.format(value, self.do(node.format_spec) or "")
 
 
 # ---- The tables: what the language has ----
 
-NODES = {getattr(ast, name[3:]): method for name, method in vars(Interpreter).items() if name.startswith("do_")}
-NODES |= {
-    # statements
-    ast.AnnAssign: lambda m, node: m.assign(node.target, m.do(node.value)) if node.value else None,
-    ast.Break: lambda m, node: "break",
-    ast.Continue: lambda m, node: "continue",
-    ast.Expr: lambda m, node: m.do(node.value) and None,
-    ast.For: lambda m, node: m.loop(node, m.rounds([node], m.do(node.iter))),
-    ast.FunctionDef: lambda m, node: m.home(node.name).update({node.name: m.do_Lambda(node)}),
-    ast.Global: lambda m, node: None,  # `annotate` has seen to it, and to Nonlocal
-    ast.If: lambda m, node: m.block(node.body if m.do(node.test) else node.orelse),
-    ast.ImportFrom: Interpreter.do_Import,
-    ast.Nonlocal: lambda m, node: None,
-    ast.Pass: lambda m, node: None,
-    ast.While: lambda m, node: m.loop(node, iter(lambda: bool(m.do(node.test)), False)),
-    # expressions
-    ast.BinOp: lambda m, node: m.operate(OPERATORS[type(node.op)], m.do(node.left), m.do(node.right)),
-    ast.Constant: lambda m, node: node.value,
-    ast.DictComp: lambda m, node: {m.key(key): value for key, value in m.comprehend(node, node.key, node.value)},
-    ast.GeneratorExp: lambda m, node: iter([value for value, in m.comprehend(node, node.elt)]),
-    ast.IfExp: lambda m, node: m.do(node.body if m.do(node.test) else node.orelse),
-    ast.JoinedStr: lambda m, node: m.apply(str.join, "", [m.do(part) for part in node.values]),
-    ast.List: lambda m, node: m.evaluate(node.elts),
-    ast.ListComp: lambda m, node: [value for value, in m.comprehend(node, node.elt)],
-    ast.Set: lambda m, node: {m.key(value) for value in m.evaluate(node.elts)},
-    ast.SetComp: lambda m, node: {m.key(value) for value, in m.comprehend(node, node.elt)},
-    ast.Slice: lambda m, node: slice(*(part and m.do(part) for part in (node.lower, node.upper, node.step))),
-    ast.Subscript: lambda m, node: m.item(m.do(node.value), m.do(node.slice)),
-    ast.Tuple: lambda m, node: tuple(m.evaluate(node.elts)),
-}
-SCOPED = {ast.Module, ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp}
-OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.LShift: operator.lshift,
-    ast.RShift: operator.rshift, ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor,
-}
-COMPARISONS = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
-KNOWN = {
-    *NODES, *SCOPED, *OPERATORS, *COMPARISONS, ast.In, ast.NotIn, ast.Is, ast.IsNot, ast.And, ast.Or, ast.Not,
-    ast.USub, ast.UAdd, ast.Load, ast.Store, ast.Starred, ast.comprehension, ast.arguments, ast.arg, ast.keyword,
-    ast.alias,
-}
+NODES = {f"do_{name}": run for name, run in {
+    "AnnAssign": lambda m, node: node.value and m.assign(node.target, m.do(node.value)),
+    "Assert": lambda m, node: stop_if(not m.do(node.test), "error"),
+    "Break": lambda m, node: "break",
+    "Continue": lambda m, node: "continue",
+    "Expr": lambda m, node: m.do(node.value) and None,
+    "For": lambda m, node: m.loop(node, m.rounds([node], m.do(node.iter))),
+    "FunctionDef": lambda m, node: m.home(node.name).update({node.name: m.do_Lambda(node)}),
+    "If": lambda m, node: m.block(node.body if m.do(node.test) else node.orelse),
+    "ImportFrom": Interpreter.do_Import,
+    "While": lambda m, node: m.loop(node, iter(lambda: bool(m.do(node.test)), False)),
+    "BinOp": lambda m, node: m.operate(OPERATORS[type(node.op)], m.do(node.left), m.do(node.right)),
+    "Constant": lambda m, node: node.value,
+    "Delete": lambda m, node: [m.at(operator.delitem, *m.place(x)) for x in node.targets] and None,
+    "Dict": lambda m, node: stop_if(None in node.keys) or {  # {**other}
+        m.key(m.do(key)): m.do(value) for key, value in zip(node.keys, node.values)},
+    "DictComp": lambda m, node: {m.key(key): value for key, value in m.comprehend(node)},
+    "GeneratorExp": lambda m, node: iter(m.comprehend(node)),
+    "IfExp": lambda m, node: m.do(node.body if m.do(node.test) else node.orelse),
+    "JoinedStr": lambda m, node: m.apply(str.join, "", [m.do(part) for part in node.values]),
+    "List": lambda m, node: m.evaluate(node.elts),
+    "ListComp": Interpreter.comprehend,
+    "NamedExpr": lambda m, node: m.assign(node.target, m.do(node.value)) or m.do(node.target),
+    "Set": lambda m, node: {m.key(value) for value in m.evaluate(node.elts)},
+    "SetComp": lambda m, node: {m.key(value) for value in m.comprehend(node)},
+    "Slice": lambda m, node: slice(m.do(node.lower), m.do(node.upper), m.do(node.step)),
+    "Subscript": lambda m, node: m.at(operator.getitem, m.do(node.value), m.do(node.slice)),
+    "Tuple": lambda m, node: tuple(m.evaluate(node.elts)),
+}.items()}
+NODES |= vars(Interpreter)
+NODES = {getattr(ast, name[3:]): run for name, run in NODES.items() if name.startswith("do_")}
+# Nothing to do: `annotate` has seen to global and nonlocal; None is what is left out, as in a[1:]
+NODES |= dict.fromkeys((ast.Global, ast.Nonlocal, ast.Pass, type(None)), lambda m, node: None)
+
+
+def named(module, names):
+    return [getattr(module, name) for name in names.split()]
+
+
+SCOPED = set(named(ast, "Module FunctionDef Lambda ListComp SetComp DictComp GeneratorExp"))
+OPERATORS = dict(zip(
+    named(ast, "Add Sub Mult Div FloorDiv Mod Pow LShift RShift BitAnd BitOr BitXor USub UAdd"),
+    named(operator, "add sub mul truediv floordiv mod pow lshift rshift and_ or_ xor neg pos")))
+COMPARISONS = dict(zip(named(ast, "Eq NotEq Lt LtE Gt GtE"), named(operator, "eq ne lt le gt ge")))
+KNOWN = {*NODES, *SCOPED, *OPERATORS, *COMPARISONS, *named(ast, """In NotIn Is IsNot And Or Not Load
+Store Del Starred comprehension arguments arg keyword alias""")}
 
 # Some operations give more than they take. A bound of how many bits, elements or characters is known beforehand:
 BITS = {
-    operator.mul: bits,
+    operator.mul: bits, math.gcd: bits, math.lcm: bits,
     operator.pow: lambda a, b: bits(a) * abs(b),
     operator.lshift: lambda a, b: bits(a) + b,
     pow: lambda a, b, modulus=None: bits(a) * abs(b) if modulus is None else bits(b) * bits(modulus),
     round: lambda number, ndigits=None: 4 * abs(ndigits or 0),
     math.comb: lambda n, k: min(k, n - k) * bits(n),
     math.factorial: lambda n: n * (bits(n) - 1) + 1,  # n! is at most ((n + 1) / 2) ** n
-    math.gcd: bits,
-    math.lcm: bits,
     math.perm: lambda n, k=None: abs(n if k is None else k) * bits(n),
 }
 SIZES = {
-    operator.mul: lambda a, b: max(len(x) * y if type(y) is int and type(x) not in NUMBERS else 0
-                                   for x, y in ((a, b), (b, a))),
+    operator.mul: lambda a, b: sum(  # [0] * 3 and 3 * [0]
+        len(x) * operator.index(y) for x, y in ((a, b), (b, a)) if type(x) not in NUMBERS),
     str.replace: lambda text, old, new, *times: len(text) + text.count(old) * len(new),
     str.strip: lambda text, characters="": len(text) * len(characters),
     str.join: lambda text, parts: len(text) * len(parts) + sum(map(len, parts)),
+    operator.delitem: lambda items, index: len(items) // 64,
+    list.pop: lambda items, *index: len(items) // 64 if index else 0,
 }
 # Others take no time to speak of, however large their arguments:
-FREE = {
-    len, next, operator.getitem, operator.setitem, operator.length_hint,
-    list.append, list.pop, dict.get, dict.items, dict.keys, dict.values,
-}
-INDEXED = {range, round, operator.getitem, math.comb, math.factorial, math.gcd, math.isqrt, math.lcm, math.perm}
+FREE = {len, next, list.append, list.pop, *named(dict, "items keys values"),
+        *named(operator, "getitem setitem delitem length_hint")}
+INDEXED = {range, round, operator.getitem, operator.delitem,
+           *named(math, "comb factorial gcd isqrt lcm perm")}
 FORMAT = re.compile(r"(.?[<>=^])?[-+ ]?0?\d{0,2}[,_]?(\.\d{1,2})?[deEfFgGs%]?")  # no width above 99
+PERCENT = re.compile(r"%(%|[-+ #0]*([1-9]\d?)?(\.\d{1,2})?[diufFeEgGsrxX])")  # nor here
 
 
-def whole(number):
-    """A Fraction without denominator as int."""
-    return number.numerator if number.denominator == 1 else number
+def whole(value):
+    """A Fraction without denominator as int, all else as it is."""
+    return value.numerator if type(value) is Fraction and value.denominator == 1 else value
 
 
-def host(function):
-    """One of Python's functions as a function of ours."""
-    return lambda m, *args, **keywords: m.apply(function, *args, **keywords)
+def bound(first, run=Interpreter.apply):
+    """A function of ours whose first argument is given: bound(math.sqrt) applies that of Python."""
+    return lambda m, *args, **keywords: run(m, first, *args, **keywords)
 
 
-MATH_NAMES = """acos asin atan atan2 ceil comb cos degrees exp fabs factorial floor fmod gcd hypot isclose isqrt lcm log
-log10 log2 perm pow radians sin sqrt tan trunc"""
-MATH = {name: Builtin(host(getattr(math, name))) for name in MATH_NAMES.split()}
-MATH |= {"pi": math.pi, "e": math.e, "tau": math.tau, "inf": math.inf, "nan": math.nan}
+def keyed(method):
+    """A method whose first argument is a key."""
+    return lambda m, items, key, *more: method(items, m.key(key), *more)
+
+
+MATH = {name: Builtin(bound(getattr(math, name))) for name in """acos asin atan atan2 ceil comb cos
+degrees exp fabs factorial floor fmod gcd hypot isclose isqrt lcm log log10 log2 perm pow radians
+sin sqrt tan trunc""".split()}
+MATH |= {name: getattr(math, name) for name in ("pi", "e", "tau", "inf", "nan")}
 MATH["prod"] = Builtin(lambda m, values, /, start=1: m.total(operator.mul, values, start))
 SYMPY = {
-    "Symbol": Builtin(lambda m, name: Linear(((m.apply(operator.add, "symbol ", name), Fraction(1)),))),
-    "Eq": Builtin(lambda m, left, right: Equation(left, right)),
+    "Symbol": Builtin(lambda m, name: Linear(((m.apply(operator.add, "symbol ", name), 1),), ONE)),
+    "Eq": Builtin(lambda m, left, right: Equation(m.combine(operator.sub, left, right))),
 }
-FRACTION = Builtin(lambda m, *numbers: m.apply(Fraction, *map(operator.pos, numbers)))
-IMPORTS = {"math": Module(MATH), "fractions.Fraction": FRACTION}
-IMPORTS |= {f"math.{name}": value for name, value in MATH.items()}
-IMPORTS |= {f"sympy.{name}": value for name, value in SYMPY.items()}
+IMPORTS = {"": {"math": Module(MATH)}, "math": MATH, "sympy": SYMPY, "fractions": {
+    "Fraction": Builtin(lambda m, *numbers: m.apply(Fraction, *map(operator.pos, numbers)))}}
+UNKNOWN = object()  # of a module that may be imported, but not used; behind it what it has
+for row in """__future__ annotations; collections Counter OrderedDict defaultdict deque namedtuple;
+datetime date datetime timedelta; decimal Decimal getcontext; fractions; functools lru_cache reduce;
+itertools accumulate chain combinations permutations product; math dist fsum; numpy array; random;
+re; statistics mean median mode stdev; string; time; sympy Rational simplify solve sqrt symbols;
+typing Any Dict List Optional Tuple Union""".split(";"):
+    module, *names = row.split()
+    IMPORTS[""].setdefault(module, UNKNOWN)
+    IMPORTS[module] = dict.fromkeys(names, UNKNOWN) | IMPORTS.get(module, {})
 
 # The authors' prefix imports the names of math and sympy
-BUILTINS = {**MATH, **SYMPY, "math": IMPORTS["math"], "__name__": "__main__"}
-HOST_BUILTINS = (abs, all, any, bool, divmod, float, int, len, next, pow, range, round)
-BUILTINS |= {function.__name__: Builtin(host(function)) for function in HOST_BUILTINS}
+BUILTINS = {**MATH, **SYMPY, "math": IMPORTS[""]["math"], "__name__": "__main__"}
+BUILTINS |= {function.__name__: Builtin(bound(function)) for function in (
+    abs, all, any, bool, divmod, float, int, len, next, pow, range, round)}
 BUILTINS |= {name: Builtin(run) for name, run in {
     "dict": lambda m, values=(), /, **named: m.dictionary(values) | named,
     "enumerate": lambda m, values, start=0: iter([
@@ -774,36 +779,31 @@ BUILTINS |= {name: Builtin(run) for name, run in {
     "isinstance": lambda m, value, kinds: any(
         isinstance(value, KINDS[kind]) for kind in (kinds if type(kinds) is tuple else [kinds])),
     "map": lambda m, function, first, *more: iter([m.call(function, row, {}) for row in m.rows([first, *more])]),
-    "max": lambda m, *values, **options: m.extreme(max, *values, **options),
-    "min": lambda m, *values, **options: m.extreme(min, *values, **options),
+    "max": bound(max, Interpreter.extreme),
+    "min": bound(min, Interpreter.extreme),
     "print": lambda m, *values, sep="", end="", flush=False: m.weigh(*values, sep, end),
     "reversed": lambda m, values: iter(m.listed(values)[::-1]),
     "set": lambda m, values=(), /: {m.key(value) for value in m.listed(values)},
     "solve_it": Interpreter.solve,
     "sorted": Interpreter.sort,
     "str": lambda m, value="": m.show(value),
-    "sum": lambda m, values, start=0: m.total(operator.add, values, start),
+    "sum": bound(operator.add, Interpreter.total),
     "tuple": lambda m, values=(): tuple(m.listed(values)),
     "zip": lambda m, *lists: iter(m.rows(lists)),
 }.items()}
 KINDS = {BUILTINS[kind.__name__]: kind for kind in (bool, int, float, str, list, tuple, dict, set)}  # for isinstance
 
-METHODS = {(kind, name): host(getattr(kind, name)) for kind, names in {
-    str: "count endswith find index isalpha isdigit lower replace split startswith strip title upper",
-    float: "is_integer",
-    list: "append clear copy count index insert remove reverse",
-    tuple: "count index",
-    dict: "copy items keys values",
-    set: "copy discard remove",
-}.items() for name in names.split()}
+METHODS = {(kind, name): wrap(getattr(kind, name)) for wrap, kind, names in (
+    (bound, str, """count endswith find index isalpha isdigit lower replace split startswith strip
+        title upper"""), (bound, float, "is_integer"),
+    (bound, list, "append clear copy count index insert pop remove reverse"),
+    (bound, dict, "copy items keys values"), (keyed, dict, "get pop setdefault"),
+    (bound, set, "copy"), (keyed, set, "add discard remove"), (bound, tuple, "count index"),
+) for name in names.split()}
 METHODS |= {
+    (str, "format"): Interpreter.fill,
     (str, "join"): lambda m, text, parts: m.apply(str.join, text, m.listed(parts)),
-    (list, "pop"): lambda m, items, *index: m.pay(len(items) // 64 if index else 0) or m.apply(list.pop, items, *index),
     (list, "extend"): lambda m, items, more: items.extend(m.listed(more)),
     (list, "sort"): lambda m, items, **options: m.apply(operator.setitem, items, slice(None), m.sort(items, **options)),
-    (dict, "get"): lambda m, items, key, *default: items.get(m.key(key), *default),
-    (dict, "setdefault"): lambda m, items, key, default=None: items.setdefault(m.key(key), default),
     (dict, "update"): lambda m, items, values=(), /, **named: items.update(m.dictionary(values) | named),
-    (dict, "pop"): lambda m, items, key, *default: items.pop(m.key(key), *default),
-    (set, "add"): lambda m, items, item: items.add(m.key(item)),
 }
