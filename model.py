@@ -97,8 +97,6 @@ class Config:
     extra: dict = field(default_factory=dict, repr=False, compare=False)  # all fields of the file
 
     def __post_init__(self):
-        if self.model_type not in FAMILIES:
-            raise ValueError(f"model_type = {self.model_type!r} is not one of {list(FAMILIES)}")
         defaults = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e4,
                     "num_key_value_heads": self.num_attention_heads,
                     "head_dim": self.hidden_size // self.num_attention_heads}
@@ -127,12 +125,19 @@ class Config:
         """ValueError names the file, the field and the value that we cannot compute with."""
         try:
             fields = read_json(path)
+            model_type = fields.get("model_type")
+            if model_type not in list(FAMILIES):  # said first: its fields may have other names
+                about = f"architectures = {fields.get('architectures')}"
+                if fields.keys() & {"text_config", "vision_config", "audio_config"}:
+                    about += ", a model of pictures or sounds, too"
+                raise ValueError(f"model_type = {model_type!r} is not implemented, only "
+                                 f"{', '.join(FAMILIES)}; {about}")
             for name in REFUSED:
                 if fields.get(name):
                     raise ValueError(f"{name} = {fields[name]!r} is not implemented")
             names = [f.name for f in dataclasses.fields(cls)]
             known = {name: fields[name] for name in names if name in fields}
-            if str(fields.get("model_type")).startswith("gemma"):  # its name in Gemma
+            if model_type.startswith("gemma"):  # its name in Gemma
                 known["hidden_act"] = fields.get("hidden_activation")
             return cls(**known | read_rope(fields), extra=fields)
         except (ValueError, TypeError, AttributeError) as error:  # a field is missing, say
@@ -476,6 +481,8 @@ class Decoder(nn.Module):
         head = None
         if model.lm_head is None:
             head = tensors.pop("lm_head.weight", None)  # tied, and yet stored, in some files
+            if head is not None:  # in some of them under this name alone
+                tensors.setdefault("model.embed_tokens.weight", head)
         try:
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:  # it names every tensor that is missing, extra or misshapen
@@ -503,18 +510,18 @@ class Decoder(nn.Module):
 
 
 def read_tensors(folder, dtype, device):
-    """name -> tensor, of one file or of the shards that an index names. Errors name the file."""
+    """name -> tensor, of one file or of the shards that an index names. Errors name the file.
+
+    As in transformers, the one file comes first: an index beside it may be older. And of an index
+    only the files count: it may name a tied lm_head.weight that none of them holds.
+    """
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
-    weight_map = None  # tensor -> its file
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
+    if index.exists() and not (folder / "model.safetensors").exists():
+        weight_map = read_json(index).get("weight_map")  # tensor -> its file
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: not the index of a checkpoint")
-        files = sorted(set(weight_map.values()))
-        for path in folder.glob("model-*-of-*.safetensors"):
-            if path.name not in files:
-                raise ValueError(f"{path}: this shard is not in {index}")
+        files = sorted(set(map(str, weight_map.values())))
     tensors = {}
     for file in files:
         path = folder / file
@@ -523,8 +530,6 @@ def read_tensors(folder, dtype, device):
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
         for name, tensor in stored.items():
-            if weight_map and weight_map.get(name) != file:
-                raise ValueError(f"{path}: tensor {name} is here, but not by {index}")
             if name.endswith(".rotary_emb.inv_freq"):  # of the first Llama files; computed here
                 continue
             tensors[name] = tensor.to(device, dtype)

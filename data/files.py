@@ -10,6 +10,7 @@ import os
 import random
 import re
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -130,26 +131,32 @@ def read_record(line: bytes, place: str, required) -> dict:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
         raise ValueError(f"{place}: not JSON: {error}") from None
+    if isinstance(record, dict) and type(record.get("id")) is int:
+        record["id"] = str(record["id"])
     for name in required:
-        if not isinstance(record, dict) or not isinstance(record.get(name), str):
-            raise ValueError(f"{place}: the field {name!r} is missing or not a text")
-        if re.search("[\ud800-\udfff]", record[name]):
-            raise ValueError(f"{place}: the field {name!r} holds a lone surrogate , half of one")
+        check_text(record, name, place)
     return record
+
+
+def check_text(record, name: str, place: str) -> None:
+    if not isinstance(record, dict) or not isinstance(record.get(name), str):
+        raise ValueError(f"{place}: the field {name!r} is missing or not a text")
+    if re.search("[\ud800-\udfff]", record[name]):  # no file of results could hold it
+        raise ValueError(f"{place}: the field {name!r} holds a lone surrogate, half of a character")
 
 
 def read_questions(path: Path) -> list[Question]:
     questions = {}
     for place, record in read_lines(Path(path), ("id", "question", "answer")):
         answer = parse_number(record["answer"])
-        kind = record.get("kind", "")
+        record.setdefault("kind", "")
+        check_text(record, "kind", place)
         if answer is None:
             raise ValueError(f"{place}: the gold answer {record['answer']!r} is not a number")
-        if not isinstance(kind, str):
-            raise ValueError(f"{place}: the field 'kind' is not a text")
         if record["id"] in questions:
             raise ValueError(f"{place}: the id {record['id']!r} is there twice")
-        questions[record["id"]] = Question(record["id"], record["question"], answer, kind)
+        questions[record["id"]] = Question(record["id"], record["question"], answer,
+                                           record["kind"])
     if not questions:
         raise ValueError(f"{path}: no questions in it")
     return list(questions.values())
@@ -175,6 +182,12 @@ def read_rationales(path: Path, questions) -> list[Rationale]:
     return rationales
 
 
+def list_sets(folder: Path) -> list[Path]:
+    """The data files of a folder. macOS may put a hidden ._train.jsonl beside train.jsonl, which
+    holds no data."""
+    return [path for path in sorted(folder.glob("*.jsonl")) if not path.name.startswith(".")]
+
+
 def read_data(folder: Path, held_out: float, seed: int) -> Data:
     """Reads train.jsonl, teacher.jsonl, test.jsonl and any further set of a data folder.
 
@@ -188,7 +201,7 @@ def read_data(folder: Path, held_out: float, seed: int) -> Data:
     if n_held_out := round(held_out * len(questions)):
         sets["held-out"] = random.Random(seed).sample(questions, n_held_out)
     sets["test"] = read_questions(folder / "test.jsonl")
-    for path in sorted(folder.glob("*.jsonl")):  # out of distribution
+    for path in list_sets(folder):  # out of distribution
         if path.stem == "held-out":
             raise ValueError(f"{path}: this name is taken by the held-out part of train.jsonl")
         if path.stem not in ("train", "teacher", "test"):
@@ -213,7 +226,7 @@ def open_run_folder(args):
     settings = {}
     for name, value in vars(args).items():
         settings[name] = str(value) if isinstance(value, Path) else value
-    for path in sorted(args.data.glob("*.jsonl")):
+    for path in list_sets(args.data):
         settings[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     args.out.mkdir(parents=True, exist_ok=True)
     locked = lock(args.out)
@@ -252,3 +265,27 @@ def check_settings(folder: Path, settings: dict) -> None:
     if changed:
         raise ValueError(f"{folder} holds a run of other settings: {', '.join(changed)}. "
                          "Choose another --out, or delete the folder.")
+
+
+def load_training(path: Path, parameters: dict, optimizer) -> int:
+    """Takes the weights and the optimizer's state of a killed training; returns the step to go on
+    from. A file that is torn, or of another model, changes nothing: a line says so, and it is
+    step 0. A kill tears none, but a copy that broke off or a power cut may."""
+    import torch  # here, because data/report.py needs none
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not compare check sums
+                raise ValueError
+        state = torch.load(path, map_location="cpu")
+        step = int(state["step"])
+        weights = state["parameters"]
+        for name, parameter in parameters.items():
+            if weights[name].shape != parameter.shape:
+                raise ValueError
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception:  # what is in such a file may raise anything
+        print(f"{path}: torn, or of another model; this training begins again")
+        return 0
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
+    return step

@@ -2,6 +2,7 @@
 
     python data/prepare.py gsm8k --out FOLDER                       # fetches the raw files, then train.jsonl, test.jsonl
     python data/prepare.py svamp --source SVAMP.json --out FOLDER   # from a raw file that is there: svamp.jsonl
+    python data/prepare.py svamp --train 700 --out data/svamp       # split: train.jsonl, test.jsonl
 
 gsm8k is what the paper trains on; svamp, asdiv and multiarith are its out-of-distribution sets. A question is left out,
 with the reason, where its answer is not one number. What reads the result: data.files.read_questions.
@@ -46,20 +47,23 @@ ADDRESSES = {
 
 
 def read_gsm8k(raw: str):
-    for number, line in enumerate(raw.splitlines()):
+    lines = [line for line in raw.split("\n") if line.strip()]  # splitlines() also cuts at U+2028
+    for number, line in enumerate(lines):
         record = json.loads(line)
         yield f"gsm8k-{number:04d}", record["question"], record["answer"].rpartition("####")[2]
 
 
 def read_svamp(raw: str):
     for record in json.loads(raw):
-        yield record["ID"], f"{record['Body'].strip()} {record['Question'].strip()}", str(record["Answer"])
+        question = f"{record['Body'].strip()} {record['Question'].strip()}"
+        yield str(record["ID"]), question, str(record["Answer"])
 
 
 def read_asdiv(raw: str):
     for problem in ElementTree.fromstring(raw.encode()).iter("Problem"):
         answer = re.sub(r"\s*\([^()]*[^()\d/][^()]*\)$", "", problem.findtext("Answer"))  # "9 (apples)": without the unit
-        yield problem.get("ID"), f"{problem.findtext('Body').strip()} {problem.findtext('Question').strip()}", answer
+        question = f"{problem.findtext('Body').strip()} {problem.findtext('Question').strip()}"
+        yield problem.attrib["ID"], question, answer
 
 
 def read_multiarith(raw: str):
@@ -75,13 +79,14 @@ def prepare(name: str, raw: str, place: str) -> list[dict]:
     questions, left_out, count = [], defaultdict(list), 0
     try:
         for id, question, answer in READERS[name](raw):
-            count += 1
+            f"{id} {question}".encode()  # ValueError: half of a surrogate pair cannot be written
             answer = answer.strip().removesuffix(".0")
             if parse_number(answer) is not None:
                 questions.append({"id": id, "question": " ".join(question.split()), "answer": answer})
             else:
                 reason = ("several numbers" if ";" in answer else "a time or a ratio" if ":" in answer else "no number")
                 left_out[reason].append(answer)
+            count += 1
     except (ValueError, KeyError, TypeError, AttributeError, ElementTree.ParseError) as error:
         raise ValueError(f"{place}: not a raw file of {name}: record {count + 1}: {type(error).__name__}: {error}") from None
     if not questions:
@@ -115,8 +120,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=READERS)
     parser.add_argument("--source", type=Path, help="raw file; for gsm8k the folder with train.jsonl and test.jsonl")
+    parser.add_argument("--train", type=int, metavar="N", help="not for gsm8k, which is split: the first N questions "
+                        "become train.jsonl, the others test.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()
+    if args.train is not None and args.name == "gsm8k":
+        parser.error("--train: gsm8k is split already")
     results = {}
     for file, (address, digest) in ADDRESSES[args.name].items():
         place = args.source or address
@@ -127,6 +136,11 @@ def main() -> None:
             results[file] = prepare(args.name, raw.decode("utf-8-sig"), str(place))
         except UnicodeDecodeError as error:
             raise ValueError(f"{place}: not UTF-8: {error}") from None
+    if args.train is not None:
+        [questions] = results.values()
+        if not 0 < args.train < len(questions):
+            raise ValueError(f"--train {args.train}: must be at least 1 and less than {len(questions)}, all questions")
+        results = {"train.jsonl": questions[:args.train], "test.jsonl": questions[args.train:]}
     args.out.mkdir(parents=True, exist_ok=True)
     for file, questions in results.items():  # only now, when all of the raw files have proved whole
         beside = args.out / f"{file}.part"

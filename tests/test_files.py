@@ -156,8 +156,12 @@ GOOD = '{"id": "a", "question": "1 + 1?", "answer": "2"}\n'
     (GOOD + "\n\n[1]\n", "line 4: the field 'id'"),
     (GOOD + '{"id": "b", "answer": "2"}\n', "line 2: the field 'question'"),
     (GOOD + '{"id": "b", "question": "1 + 1?"}\n', "line 2: the field 'answer'"),
-    (GOOD + '{"id": 3, "question": "1 + 1?", "answer": "2"}\n', "line 2: the field 'id'"),
+    (GOOD + '{"id": 3.5, "question": "1 + 1?", "answer": "2"}\n', "line 2: the field 'id'"),
+    (GOOD + '{"id": true, "question": "1 + 1?", "answer": "2"}\n', "line 2: the field 'id'"),
+    (GOOD + '{"id": "\\ud83d", "question": "?", "answer": "1"}\n', "line 2: the field 'id' holds"),
     (GOOD + '{"id": "b", "question": "\\ud800", "answer": "1"}\n', "line 2: the field 'question'"),
+    (GOOD + '{"id": "b", "question": "", "answer": "1", "kind": "\\udfff"}\n',
+     "line 2: the field 'kind' holds a lone surrogate"),
     (GOOD + '{"id": "b", "question": "2?", "answer": "two"}\n', "line 2: the gold answer 'two'"),
     (GOOD + '{"id": "b", "question": "1 + 1?", "answer": ""}\n', "line 2: the gold answer ''"),
     (GOOD + '{"id": "b", "question": "", "answer": "1", "kind": 3}\n', "line 2: the field 'kind'"),
@@ -182,6 +186,7 @@ def test_broken_questions_are_refused_by_file_and_line(tmp_path, text, named):
     ('{"strategy": "cot", "text": "7"}', "id"),
     ('{"id": "ann", "strategy": "tot", "text": "7"}', "'tot'"),
     ('{"id": "zoe", "strategy": "cot", "text": "7"}', "'zoe'"),
+    ('{"id": "ann", "strategy": "cot", "text": "7\\ud800"}', "'text' holds a lone surrogate"),
     ('{"id": "ann", "strategy": "cot", "text": "7", "source": "gpt-4"}', "'source'"),
     ('{"id": "ann", "strategy": "cot", "text": "7", "finished": "no"}', "'finished'"),
 ])
@@ -231,6 +236,56 @@ def test_what_is_read_is_what_was_written(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_rationales(path, read) == [Rationale("1", "pot", "a = 1\nanswer = a"),
                                            Rationale("2", "cot", "", "student", False)]
+
+
+INSIDE = ["\r\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize("ascii", [True, False], ids=["escaped", "raw"])
+@pytest.mark.parametrize("mark", INSIDE, ids=[ascii(mark) for mark in INSIDE])
+def test_only_a_line_feed_ends_a_line(tmp_path, mark, ascii):
+    """Python's str.splitlines also cuts at these, which may stand inside of a text. (JSON escapes
+    those below U+0020 in any case.) open() also cuts at the carriage returns, which here stand
+    between fields. Blank lines, also of Windows, are no lines."""
+    text = f"a{mark}b"
+    question = {"id": text, "question": text, "answer": "1", "kind": text}
+    rationale = {"id": text, "strategy": "cot", "text": text}
+    for name, record in (("train.jsonl", question), ("teacher.jsonl", rationale)):
+        line = json.dumps(record, ensure_ascii=ascii, separators=(",\r", ":"))
+        (tmp_path / name).write_bytes(f"\n{line}\r\n \t\r\n\n".encode())
+    [read] = read_questions(tmp_path / "train.jsonl")
+    assert read == Question(text, text, Fraction(1), text)
+    assert read_rationales(tmp_path / "teacher.jsonl", [read]) == [Rationale(text, "cot", text)]
+
+
+def test_ids_that_are_integers_become_texts(tmp_path):
+    """Many sets number their questions. Other programs may write the same number as a text."""
+    write_lines(tmp_path / "train.jsonl", [
+        {"id": id, "question": "?", "answer": "1"} for id in (7, -1, 10 ** 20, "8")])
+    questions = read_questions(tmp_path / "train.jsonl")
+    assert [question.id for question in questions] == ["7", "-1", "1" + 20 * "0", "8"]
+    write_lines(tmp_path / "teacher.jsonl", [
+        {"id": id, "strategy": "cot", "text": ""} for id in (7, "7", 8)])
+    read = read_rationales(tmp_path / "teacher.jsonl", questions)
+    assert [rationale.id for rationale in read] == ["7", "7", "8"]
+    write_lines(tmp_path / "train.jsonl", [
+        {"id": id, "question": "?", "answer": "1"} for id in (7, "7")])
+    with pytest.raises(ValueError, match="line 2: the id '7' is there twice"):
+        read_questions(tmp_path / "train.jsonl")
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    """macOS puts ._train.jsonl, which holds no JSON, beside train.jsonl on a foreign disk, and does
+    so again: neither a set to evaluate on, nor a change of a run's data."""
+    folder = write_data(tmp_path / "data")
+    data = read_data(folder, 0.25, 0)
+    open_run_folder(settings(tmp_path))
+    write_text(tmp_path / "out/seed-0/combined/training.pt", "")
+    for name in ("._train.jsonl", "._other.jsonl", ".jsonl"):
+        (folder / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    assert read_data(folder, 0.25, 0) == data
+    open_run_folder(settings(tmp_path))
+    assert "._train.jsonl" not in (tmp_path / "out/args.json").read_text()
 
 
 def test_held_out_questions_are_not_trained_on(tmp_path):

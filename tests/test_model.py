@@ -461,6 +461,34 @@ def test_what_is_not_implemented_is_refused(family, field, value, tmp_path):
     assert value is None or repr(value) in str(error.value)
 
 
+@pytest.mark.parametrize("fields, named", [
+    ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+      "text_config": {"model_type": "gemma3_text"}, "vision_config": {}},
+     "['Gemma3ForConditionalGeneration'], a model of pictures or sounds, too"),
+    ({"model_type": "llama4", "text_config": {"hidden_size": 16}}, "of pictures or sounds, too"),
+    ({"model_type": "qwen2_vl", **TINY, "vision_config": {}}, "of pictures or sounds, too"),
+    ({"model_type": "qwen2_audio", "audio_config": {}}, "of pictures or sounds, too"),
+    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], **TINY}, "['Mistral"),
+    ({"model_type": "phi3", **TINY, "attention_bias": True}, "'phi3'"),
+    ({"model_type": "gpt2", "n_embd": 768}, "'gpt2'"),
+    ({"model_type": "gemma2", **TINY}, "'gemma2'"),
+    ({"model_type": ["llama"], **TINY}, "['llama']"),
+    ({"architectures": ["LlamaForCausalLM"]}, "['LlamaForCausalLM']"),
+    ({}, "None"),
+])
+def test_other_families_are_refused_by_name(fields, named, tmp_path):
+    """Whatever their fields are called: file, family and the known families, in one line."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError) as error:
+        Config.from_json(path)
+    message = str(error.value)
+    start = f"{path}: model_type = {fields.get('model_type')!r} is not implemented, only "
+    assert message.startswith(start + ", ".join(TABLE))
+    assert named in message and "\n" not in message and "argument" not in message
+    assert ("pictures" in message) == any(name.endswith("_config") for name in fields)
+
+
 def test_a_missing_field_is_named(tmp_path):
     folder = copy_checkpoint("llama", tmp_path, lambda config: config.pop("hidden_size"))
     with pytest.raises(ValueError, match="config.json.*'hidden_size'"):
@@ -548,12 +576,116 @@ def shards(folder):
     return sorted(folder.glob("model-*-of-00003.safetensors"))
 
 
-def test_a_stray_file_beside_the_shards_is_not_read(tmp_path):
-    """The index says what belongs to the checkpoint."""
-    tokens, logits = expected("llama3")
-    folder = copy_checkpoint("llama3", tmp_path)
-    shutil.copy(FIXTURES / "llama/model.safetensors", folder)
+FIRST = "model-00001-of-00002.safetensors"
+SECOND = "model-00002-of-00002.safetensors"
+
+
+def cut_in_two(folder, weights):
+    """Puts two shards in the place of model.safetensors. Returns the weight_map of their index."""
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {}
+    for file, part in ((FIRST, names[:9]), (SECOND, names[9:])):
+        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= {name: file for name in part}
+    return weight_map
+
+
+def read_weight_map(folder):
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def write_index(folder, weight_map):
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def old_index(folder):
+    shutil.copy(FIXTURES / "llama3/model.safetensors.index.json", folder)
+
+
+def old_index_and_shards(folder):
+    for path in (FIXTURES / "llama3").glob("model*"):
+        shutil.copy(path, folder)
+
+
+def stray_shard(folder):
+    shutil.copy(shards(folder)[0], folder / "model-00004-of-00004.safetensors")
+
+
+def unnamed_tensor(folder):
+    weight_map = read_weight_map(folder)
+    del weight_map["model.norm.weight"]
+    write_index(folder, weight_map)
+
+
+def tensor_of_another_shard(folder):
+    weight_map = read_weight_map(folder)
+    wrong = shards(folder)[0].name
+    assert weight_map["model.norm.weight"] != wrong
+    write_index(folder, weight_map | {"model.norm.weight": wrong})
+
+
+def named_head_that_is_nowhere(folder):
+    weight_map = cut_in_two(folder, load_file(folder / "model.safetensors"))
+    write_index(folder, weight_map | {"lm_head.weight": FIRST})
+
+
+def head_of_another_shard(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weight_map = cut_in_two(folder, weights)
+    assert weight_map["lm_head.weight"] == FIRST
+    write_index(folder, weight_map | {"lm_head.weight": SECOND})
+
+
+def rename_embedding(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def head_alone_in_shards(folder):
+    rename_embedding(folder)
+    write_index(folder, cut_in_two(folder, load_file(folder / "model.safetensors")))
+
+
+ODD_FOLDERS = [
+    ("llama", old_index), ("llama", old_index_and_shards), ("llama3", stray_shard),
+    ("llama3", unnamed_tensor), ("llama3", tensor_of_another_shard),
+    ("qwen2", named_head_that_is_nowhere), ("qwen2", head_of_another_shard),
+    ("qwen2", rename_embedding), ("gemma", rename_embedding), ("qwen2", head_alone_in_shards)]
+
+
+@pytest.mark.parametrize("family, change", ODD_FOLDERS)
+def test_odd_folders_load_as_in_transformers(family, change, tmp_path):
+    """A whole file comes before shards. Of an index only the names of the files count. A tied
+    matrix may stand under either of its names."""
+    tokens, logits = expected(family)
+    folder = copy_checkpoint(family, tmp_path)
+    change(folder)
     assert (Decoder.from_pretrained(folder)(tokens) - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family, change", ODD_FOLDERS)
+def test_transformers_loads_odd_folders(family, change, tmp_path):
+    """The test above asks for nothing else than transformers does."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokens, logits = expected(family)
+    folder = copy_checkpoint(family, tmp_path)
+    change(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert (theirs(tokens).logits - logits).abs().max() < 1e-4
+
+
+def test_an_untied_head_is_no_embedding(tmp_path):
+    """Only in a tied model is lm_head.weight the embedding as well."""
+    def drop(weights):
+        del weights["model.embed_tokens.weight"]
+
+    folder = copy_checkpoint("llama", tmp_path, change_weights=drop)
+    with pytest.raises(ValueError, match="Missing.*model.embed_tokens.weight"):
+        Decoder.from_pretrained(folder)
 
 
 def test_saving_over_a_sharded_checkpoint(tmp_path):
@@ -567,11 +699,6 @@ def test_saving_over_a_sharded_checkpoint(tmp_path):
 def drop_shard(folder):
     shards(folder)[1].unlink()
     return FileNotFoundError, shards(FIXTURES / "llama3")[1].name
-
-
-def add_shard(folder):
-    shutil.copy(shards(folder)[0], folder / "model-00004-of-00004.safetensors")
-    return ValueError, "model-00004-of-00004.safetensors"
 
 
 def drop_tensor(folder):
@@ -591,22 +718,23 @@ def cut_shard(folder):
     return ValueError, shards(folder)[1].name
 
 
-def change_index(change):
+def replace_index(content):
     def break_it(folder):
-        index = folder / "model.safetensors.index.json"
-        content = json.loads(index.read_text())
-        index.write_text(json.dumps(change(content)))
-        return ValueError, "model.norm.weight" if isinstance(content.get("weight_map"), dict) else index.name
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        return ValueError, "model.safetensors.index.json"
     return break_it
 
 
+def number_for_a_shard(folder):
+    write_index(folder, {"model.norm.weight": 3})
+    return FileNotFoundError, "3"
+
+
 @pytest.mark.parametrize("break_it", [
-    drop_shard, add_shard, drop_tensor, add_tensor, cut_shard,
-    change_index(lambda index: index["weight_map"].pop("model.norm.weight") and index),
-    change_index(lambda index: index["weight_map"].update({"model.norm.weight": "model-00001-of-00003.safetensors"}) or index),
-    change_index(lambda index: index.clear() or index), change_index(lambda index: index.update(weight_map=[]) or index)])
+    drop_shard, drop_tensor, add_tensor, cut_shard, number_for_a_shard,
+    replace_index({}), replace_index([]), replace_index({"weight_map": []})])
 def test_a_broken_sharded_checkpoint_is_named(break_it, tmp_path):
-    """A missing or extra shard or tensor, a cut file, an index that tells of something else: by the file or the tensor."""
+    """A missing shard, a missing or extra tensor, a cut file, an index that is none."""
     folder = copy_checkpoint("llama3", tmp_path)
     error, named = break_it(folder)
     with pytest.raises(error) as raised:

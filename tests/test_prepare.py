@@ -20,6 +20,9 @@ SVAMP = json.dumps([{"ID": "chal-1", "Body": "A pack costs 76 dollars ", "Questi
 MULTIARITH = json.dumps([{"iIndex": 7, "lSolutions": [39.0], "sQuestion": " For Halloween ? "}])
 
 
+NUMBERED = json.dumps([{"ID": 1, "Body": "B.", "Question": "1?", "Answer": 1}])
+
+
 def asdiv(*answers):
     return "<C><ProblemSet>" + "".join(
         f'<Problem ID="n{i}"><Body>Body {i} &amp; more.</Body><Question>What?</Question><Answer>{answer}</Answer></Problem>'
@@ -46,6 +49,7 @@ def test_gsm8k_becomes_what_train_reads(tmp_path):
 
 @pytest.mark.parametrize("name, raw, expected", [
     ("svamp", SVAMP, [("chal-1", "A pack costs 76 dollars What is half?", "38"), ("chal-2", "B. And 5 / 2?", "2.5")]),
+    ("svamp", NUMBERED, [("1", "B. 1?", "1")]),
     ("multiarith", MULTIARITH, [("multiarith-7", "For Halloween ?", "39")]),
     ("asdiv", asdiv("9 (apples)", "3.5", "5/2", "1,000 (km)"),
      [(f"n{i}", f"Body {i} & more. What?", answer) for i, answer in enumerate(["9", "3.5", "5/2", "1,000"])])])
@@ -55,6 +59,49 @@ def test_each_format(name, raw, expected, tmp_path):
     lines = (tmp_path / "out" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     assert [tuple(json.loads(line).values()) for line in lines] == expected
     read_questions(tmp_path / "out" / f"{name}.jsonl")
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """Each of these may stand in a text, and Python's str.splitlines cuts there. Blank lines are
+    passed over."""
+    lines = []
+    for mark in "\x85\u2028\u2029\r\v\f\x1c":
+        record = {"question": f"How{mark}many?", "answer": f"It{mark}is\n#### 3"}
+        lines.append(json.dumps(record, ensure_ascii=False, separators=(",\r", ":")))
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_bytes("\r\n\n".join(["", *lines, " \n\n"]).encode())
+    printed = run("gsm8k", "--source", tmp_path, "--out", tmp_path / "out")
+    assert "7 read, 7 kept, 0 left out" in printed
+    questions = read_questions(tmp_path / "out/train.jsonl")
+    assert [question.id for question in questions] == [f"gsm8k-{i:04d}" for i in range(7)]
+    assert {(question.text, question.answer) for question in questions} == {("How many?", 3)}
+
+
+def test_a_broken_record_is_named_by_its_number(tmp_path):
+    """Whether its form or one of its texts is at fault."""
+    good = '{"question": "?", "answer": "#### 1"}\n'
+    lone = '{"question": "\\ud800", "answer": "#### 1"}\n'
+    cases = [("[]\n", "TypeError"), (lone, "surrogates"), ('{"question": 1}', "KeyError")]
+    for bad, named in cases:
+        for name in ("train.jsonl", "test.jsonl"):
+            (tmp_path / name).write_text(good + good + bad)
+        printed = run("gsm8k", "--source", tmp_path, "--out", tmp_path / "out", code=2)
+        assert f"{tmp_path / 'train.jsonl'}: not a raw file of gsm8k: record 3: " in printed
+        assert named in printed
+
+
+def test_a_set_can_be_split(tmp_path):
+    """The first questions to train on, the others to test: no question is in both."""
+    raw = tmp_path / "raw"
+    raw.write_text(SVAMP)
+    run("svamp", "--source", raw, "--train", 1, "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert [q.id for q in read_questions(tmp_path / "out/train.jsonl")] == ["chal-1"]
+    assert [q.id for q in read_questions(tmp_path / "out/test.jsonl")] == ["chal-2"]
+    for n in (0, 2):
+        assert f"--train {n}" in run("svamp", "--source", raw, "--train", n, "--out", tmp_path / "no", code=2)
+    assert "--train" in run("gsm8k", "--train", 1, "--out", tmp_path / "no", code=2)
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_has_not_one_numeric_answer_is_left_out_and_named(tmp_path):
@@ -68,6 +115,8 @@ def test_what_has_not_one_numeric_answer_is_left_out_and_named(tmp_path):
     ("svamp", SVAMP[:-9]), ("svamp", "<html>404</html>"), ("svamp", MULTIARITH), ("svamp", "[]"), ("svamp", "{}"),
     ("svamp", '[{"ID": "1", "Body": null, "Question": "?", "Answer": 1}]'), ("multiarith", '[7]'), ("multiarith", ""),
     ("asdiv", asdiv("9")[:-20]), ("asdiv", "<html>404</html>"), ("asdiv", SVAMP), ("asdiv", "<C><Problem ID='1'/></C>"),
+    ("asdiv", asdiv("9").replace('ID="n0"', "")), ("svamp", NUMBERED.replace("B.", r"\ud800")),
+    ("gsm8k", '{"question": "\\ud800", "answer": "#### 1"}'),
     ("gsm8k", GSM8K[:-9]), ("gsm8k", "<html>404</html>"), ("gsm8k", '{"question": "?"}'), ("gsm8k", "\ud800")])
 def test_broken_raw_files_give_one_line_and_leave_nothing(name, raw, tmp_path):
     """Cut in the middle, another format, HTML in place of data, nothing: what was prepared before is still there."""
