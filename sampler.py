@@ -6,8 +6,8 @@ is a model with its tokenizer.
     texts[0][3]    # sample 3 of prompt 0: a list of ids, without the stop id
 
 Texts differ in length, so the batch is kept full. `generate` does, in this order:
-    refill  The next samples take the free rows. A question is fed once a refill, and its cache is
-            copied to the rows of all its tags and samples.
+    refill  The next samples take the free rows. A question is fed once, and its cache is copied to
+            the rows of all its tags and samples.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -19,6 +19,7 @@ Read siked.py before, and Attention in model.py after: there the cache is read.
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -104,20 +105,29 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     V = logits.shape[1]
     M = V if logits.is_cuda else min(looked_at, V)
     scaled = logits.float() / temperature
+    if top_p == 1:  # all ids, so there is nothing to sort
+        return draw_places(scaled.softmax(-1), uniforms)
     top, ids = scaled.topk(M)                                               # (B, M), falling
     probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()                # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
-    # Invert the cumulative distribution, by id: so a number draws the same id for every M.
-    ids, order = ids.sort()
-    cumulative = probabilities.where(inside, 0).gather(1, order).cumsum(-1)         # (B, M)
-    wanted = uniforms[:, None] * cumulative[:, -1:]                                 # (B, 1)
-    places = torch.searchsorted(cumulative, wanted, right=True).clamp(max=M - 1)    # (B, 1)
-    tokens = ids.gather(1, places)[:, 0]                                            # (B,)
+    ids, order = ids.sort()  # by id: so a number draws the same id for every M
+    weights = probabilities.where(inside, 0).gather(1, order)                       # (B, M)
+    places = draw_places(weights, uniforms)                                         # (B,)
+    tokens = ids.gather(1, places[:, None])[:, 0]                                   # (B,)
     wide = inside[:, -1]  # (B,): the nucleus may reach beyond these M
     if M < V and wide.any():
         tokens[wide] = sample_next_token(logits[wide], temperature, top_p, uniforms[wide], 16 * M)
     return tokens
+
+
+def draw_places(weights, uniforms):
+    """Draws one place per row of weights (B, M) in proportion to them: (B,). It is the first where
+    their cumulative sum exceeds the row's number of [0, 1) times the total."""
+    cumulative = weights.cumsum(-1)                                                 # (B, M)
+    wanted = uniforms[:, None] * cumulative[:, -1:]                                 # (B, 1)
+    places = torch.searchsorted(cumulative, wanted, right=True)                     # (B, 1)
+    return places[:, 0].clamp(max=weights.shape[1] - 1)
 
 
 def draw_uniforms(seed: int, prompt, sample: int, count: int):
@@ -147,18 +157,21 @@ def feed(model, cache, texts):
     return hidden[rows, counts - 1]
 
 
-def prefill(model, prompts):
-    """Feeds N prompts (stem, tail), equal stems once. Returns a cache with a row for each prompt,
-    and the state of each prompt's last token, (N, C)."""
-    weight = model.output_weight()  # gives the dtype and the device
-    stems = list(dict.fromkeys(stem for stem, _ in prompts))
-    tails = [tail for _, tail in prompts]
+def feed_stems(model, stems):
+    """A cache with a row for each stem. Stems may be empty."""
     longest = max(map(len, stems))
-    shared = KVCache(model.config, len(stems), longest, weight)
+    cache = KVCache(model.config, len(stems), longest, model.output_weight())
     if longest:
-        feed(model, shared, stems)
-    cache = KVCache(model.config, len(prompts), longest + max(map(len, tails)), weight)
-    cache.put(range(len(prompts)), shared, [stems.index(stem) for stem, _ in prompts])
+        feed(model, cache, stems)
+    return cache
+
+
+def feed_tails(model, tails, stem_cache, stem_rows):
+    """Feeds N tails behind these rows of another cache. Returns a cache with a row for each tail,
+    and the state of each tail's last token, (N, C)."""
+    capacity = stem_cache.longest + max(map(len, tails))
+    cache = KVCache(model.config, len(tails), capacity, model.output_weight())
+    cache.put(range(len(tails)), stem_cache, stem_rows)
     states = feed(model, cache, tails)
     if states.isnan().any():
         raise ValueError("the model computes nan: its weights are broken")
@@ -179,12 +192,22 @@ class Batch:
         self.tokens = torch.zeros_like(self.cache.lengths)                          # (B,)
         self.n_drawn = torch.zeros_like(self.cache.lengths)                         # (B,)
         self.uniforms = torch.zeros(rows, max_new_tokens, device=weight.device)
+        self.stems = []  # those that were fed last; their rows in
+        self.stem_cache = None
         self.graphs = {}  # S -> a recorded step
         self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
 
     def put(self, rows, prompts, uniforms):
-        """Begins prompts in these rows, with the numbers (N, max_new_tokens) to draw by."""
-        cache, states = prefill(self.model, prompts)
+        """Begins prompts (stem, tail) in these rows, with the numbers (N, max_new_tokens) to draw
+        by. Equal stems are fed once, and not again if the last prompts had them, too."""
+        stems = [stem for stem, _ in prompts]
+        if not set(stems) <= set(self.stems):
+            self.stems = list(dict.fromkeys(stems))
+            self.stem_cache = None  # the old one goes before the new one comes
+            self.stem_cache = feed_stems(self.model, self.stems)
+        stem_rows = [self.stems.index(stem) for stem in stems]
+        tails = [tail for _, tail in prompts]
+        cache, states = feed_tails(self.model, tails, self.stem_cache, stem_rows)
         self.cache.put(rows, cache, range(len(prompts)))
         self.hidden[rows] = states
         self.uniforms[rows] = uniforms.to(self.uniforms.device)
@@ -235,12 +258,21 @@ class Batch:
         return self.tokens.tolist()
 
 
-@torch.inference_mode()
-def generate(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids, seed=0,
-             batch_size=256, n_ids=None, is_over=None, cuda_graphs=True, progress=None):
-    """Samples n texts for each prompt: [prompt][sample] -> list of ids, the stop id left off.
+def generate(model, prompts, *, n=1, **settings):
+    """Samples n texts for each prompt: [prompt][sample] -> list of ids, the stop id left off. The
+    settings are those of `stream`."""
+    samples = [[None] * n for _ in prompts]
+    for i, sample, text in stream(model, prompts, n=n, **settings):
+        samples[i][sample] = text
+    return samples
 
-    prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
+
+@torch.inference_mode()
+def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids, seed=0,
+           batch_size=256, n_ids=None, is_over=None, cuda_graphs=True, progress=None):
+    """The same, a text at a time: yields (prompt's index, sample, ids) as they come to an end.
+
+    prompts         lists of ids, or pairs (stem, tail): equal stems are fed once
     max_new_tokens  ids per text, the stop id included: a text of so many ids was cut off
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
     is_over         function(ids of a text) -> does it end here? The stop ids end it anyway
@@ -255,7 +287,6 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0,
     def draw(logits, uniforms):
         return sample_next_token(logits[:, :n_ids], temperature, top_p, uniforms)
 
-    samples = [[None] * n for _ in prompts]
     waiting = line_up(prompts, n)
     running = {}  # row -> (prompt, sample, text)
     B = min(batch_size, len(waiting))
@@ -289,20 +320,20 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0,
                 text.append(token)
             over = token in stop_ids or len(text) == max_new_tokens
             if over or is_over is not None and is_over(text):
-                samples[i][sample] = text
                 del running[row]
                 batch.free(row)
                 bar.update()
+                yield i, sample, text
     bar.close()
-    return samples
 
 
 def line_up(prompts, n):
     """All (prompt, sample). They are taken from the end, so the longest prompts stand there: these
-    tend to get long texts, and the batch should not end on one. Equal stems are neighbours."""
+    tend to get long texts, and the batch should not end on one. Equal stems are neighbours, and so
+    are tails of a length, which are fed without padding."""
     def key(i):
         stem, tail = prompts[i]
-        return len(stem), stem, tail
+        return len(stem), stem, len(tail), tail
 
     waiting = []
     for i in sorted(range(len(prompts)), key=key):
@@ -352,11 +383,11 @@ class Student:
     """
 
     def __init__(self, folder, max_new_tokens=512, rows=256, dtype=torch.float32, device="cpu",
-                 weights=torch.float32):
+                 weights=torch.float32, template="{question}\n"):
         """Reads a Hugging Face folder. FileNotFoundError or ValueError names what is wrong.
 
         rows: texts written at once. dtype: of the arithmetic in writing. weights: their dtype; to
-        be trained they must be float32.
+        be trained they must be float32. template: of a prompt; a chat model's has tags.
         """
         folder = Path(folder)
         self.max_new_tokens = max_new_tokens
@@ -370,6 +401,14 @@ class Student:
             raise ValueError(f"{path} cannot be read: {error}") from None
         self.tokenizer.no_truncation()  # some files hold the settings of another training
         self.tokenizer.no_padding()
+        # "<end>" in a question or rationale is plain text. Only in the template it is a token.
+        self.tokenizer.encode_special_tokens = True
+        self.specials = {}  # text -> id
+        for id, token in self.tokenizer.get_added_tokens_decoder().items():
+            if token.special:
+                self.specials[token.content] = id
+        either = "|".join(map(re.escape, self.specials)) or "$."  # which matches nothing
+        self.template = re.split(f"({either})", template)
         self.stop_ids = []  # each of these ends a text; the first is the end token that is trained
         path = folder / "generation_config.json"
         generation = read_json(path) if path.exists() else {}
@@ -393,10 +432,18 @@ class Student:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, question, strategy=None):
-        """The question and, if the strategy is forced, its tag, as a pair of lists of ids (stem,
-        tail). The stem is the question but for its last id, so that the tail is never empty.
-        Special tokens such as Gemma's <bos> come in here."""
-        ids = self.tokenizer.encode(question.text + "\n").ids
+        """The template with the question and, if the strategy is forced, its tag, as a pair of
+        lists of ids (stem, tail). The tail is the last id of the template, so that it is never
+        empty, and the tag. Gemma's <bos> comes in front, also if the template leaves it out."""
+        ids = []
+        for part in self.template:
+            if part in self.specials:
+                ids.append(self.specials[part])
+            else:
+                ids += self.encode(part.replace("{question}", question.text))
+        first = self.tokenizer.encode("").ids
+        if ids[:len(first)] != first:
+            ids = first + ids
         tail = ids[-1:]
         if strategy is not None:
             tail += self.encode(f"[{strategy}]:")

@@ -166,12 +166,13 @@ def test_stems_are_fed_once(model):
         assert generate(model, [prompt], **settings) == [texts]
 
 
-def test_stem_is_fed_once_per_refill(model):
+@pytest.mark.parametrize("rows", [8, 4])
+def test_stem_of_several_refills_is_fed_once(model, rows):
     """Prompts with equal stems are drawn one after the other, wherever they stand in the list; and
     the longest first, which tend to get the longest texts: the last ones should be short."""
     counting = CountingModel(model)
     prompts = [([5] * length, [tag, tag]) for tag in range(8) for length in (11, 10, 13, 12)]
-    generate(counting, prompts, max_new_tokens=3, stop_ids=[], batch_size=8)
+    generate(counting, prompts, max_new_tokens=3, stop_ids=[], batch_size=rows)
     stems = [shape for shape in counting.shapes if shape[1] >= 10]
     assert stems == [(1, 13), (1, 12), (1, 11), (1, 10)]
 
@@ -386,6 +387,17 @@ def test_impossible_ids_are_not_drawn_at_the_ends():
     assert sample_next_token(logits, 1.0, 1.0, uniforms).tolist() == [1, 2]
 
 
+def test_one_number_draws_the_same_id_with_and_without_a_cut(monkeypatch):
+    """At top_p 1 nothing is sorted. A top_p a little below, which cuts nothing off here, draws the
+    same ids."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 40, generator=generator)
+    uniforms = torch.rand(500, generator=generator)
+    sorted_ids = sample_next_token(logits, 0.7, 0.999999, uniforms)
+    monkeypatch.setattr(torch.Tensor, "topk", None)
+    assert torch.equal(sample_next_token(logits, 0.7, 1.0, uniforms), sorted_ids)
+
+
 @pytest.mark.parametrize("how", [{}, SAMPLED, {"temperature": 5.0}])
 def test_ids_without_a_token_are_never_drawn(model, how):
     class PaddedVocabulary(CountingModel):
@@ -581,6 +593,33 @@ def test_target_has_one_end_token_at_its_end(student):
         assert target[-1] == 0 and target.count(0) == 1
 
 
+def test_end_token_in_a_text_is_text(student):
+    """A teacher's leaked "<end>" neither ends the target in its middle nor comes twice at its end.
+    The same in a question. What is saved is the tokenizer as it was read."""
+    leaked = Rationale("ann", "cot", "First<end> then 3 + 4 = 7. Final answer: 7<end>")
+    target = student.target(leaked)
+    assert target.count(0) == 1 and target[-1] == 0
+    assert student.tokenizer.decode(target) == f"[cot]: {leaked.text}"
+    stem, tail = student.prompt(Question("ann", "Who<end>?", Fraction(7)), "cot")
+    assert 0 not in stem + tail and student.tokenizer.decode(stem + tail) == "Who<end>?\n[cot]:"
+    assert student.tokenizer.to_str() == make_tokenizer().to_str()
+
+
+def test_special_tokens_of_the_template_are_tokens(tmp_path):
+    """Its tags are, but not the same words in a question. What stands beside the question is
+    encoded with it, as in a chat template that is filled in first."""
+    write_checkpoint(tmp_path, 0)
+    template = "<end>User: {question}, please<end>\nAnswer:"
+    student = Student(tmp_path, template=template)
+    plain = make_tokenizer()
+    filled = template.replace("{question}", ANN.text)
+    stem, tail = student.prompt(ANN, "cot")
+    assert stem + tail == plain.encode(filled).ids + plain.encode("[cot]:").ids
+    assert len(tail) == 1 + len(plain.encode("[cot]:").ids) and (stem + tail).count(0) == 2
+    stem, tail = student.prompt(Question("ann", "Who<end>{question}?", Fraction(7)))
+    assert (stem + tail).count(0) == 2 and "Who<end>{question}?" in student.tokenizer.decode(stem)
+
+
 def test_bos_is_added_exactly_once(student):
     """A tokenizer that opens texts with a special token does so before the question, and nowhere
     else."""
@@ -591,6 +630,10 @@ def test_bos_is_added_exactly_once(student):
     for strategy in (None, *STRATEGIES):
         stem, tail = student.prompt(ANN, strategy)
         assert stem[0] == bos and (stem + tail).count(bos) == 1
+    student.specials["<bos>"] = bos
+    student.template = ["", "<bos>", "{question}"]  # a template that begins with it
+    stem, tail = student.prompt(ANN)
+    assert stem[0] == bos and (stem + tail).count(bos) == 1
     assert bos not in student.target(RATIONALES[0])
 
 
