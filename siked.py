@@ -24,8 +24,9 @@ sampler.py (how the student writes) and model.py.
 """
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from statistics import fmean as mean
 
 from data.answers import STRATEGIES, is_correct
 from data.files import Data, Rationale, saved, saved_rationales
@@ -250,7 +251,7 @@ def summarise(records) -> dict:
 # comes to prefer the strategies that the student prefers
 
 
-def measure(result: Round, labels: dict) -> list[dict]:
+def measure(result: Round, questions, labels: dict) -> list[dict]:
     """All measures of a round: a line for each set, with the labels in front, then the fields of
     `summarise` (also by kind of question), then these:
 
@@ -262,6 +263,7 @@ def measure(result: Round, labels: dict) -> list[dict]:
                it chooses
     KL         KL(P_mix || P_student)
     KL_free    KL(P_mix || P_free)
+    room       what choosing could bring, see `room_to_choose`: of the student that wrote the texts
     """
     mixed = shares(rationale.strategy for rationale in result.training_mix)
     own = None
@@ -278,6 +280,7 @@ def measure(result: Round, labels: dict) -> list[dict]:
         "P_free": free,
         "KL": divergence(mixed, own),
         "KL_free": divergence(mixed, free),
+        "room": room_to_choose(result.generated, questions),
     }
     lines = []
     for name, records in result.results.items():
@@ -286,6 +289,36 @@ def measure(result: Round, labels: dict) -> list[dict]:
             kinds[kind] = summarise([record for record in records if record["kind"] == kind])
         lines.append({**labels, "set": name, **summarise(records), "kinds": kinds, **figures})
     return lines
+
+
+def room_to_choose(generated, questions) -> float | None:
+    """How much more a choice per question gets right than the best strategy for all. Where it is 0,
+    no way of choosing can pay.
+
+    For each question one half of its texts chooses the strategy, the one that is right most often;
+    the other half says how often that is right. So luck in one half counts for nothing, as it does
+    in `any`. Then the halves change places. None with fewer than four texts in a strategy.
+    """
+    by_id = {question.id: question for question in questions}
+    verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?
+    for rationale in generated:
+        gold = by_id[rationale.id].answer
+        verdict = is_correct(rationale.strategy, rationale.text, gold)
+        verdicts[rationale.id, rationale.strategy].append(verdict)
+    if not verdicts or min(map(len, verdicts.values())) < 4:
+        return None
+    accuracy = {}
+    for strategy in STRATEGIES:
+        accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in by_id)
+    scores = []
+    for id in by_id:
+        for half in (0, 1):  # every other text
+            rates = {}
+            for strategy in STRATEGIES:  # of equal ones, the one that is better for all questions
+                rates[strategy] = mean(verdicts[id, strategy][half::2]), accuracy[strategy]
+            chosen = max(STRATEGIES, key=rates.get)
+            scores.append(mean(verdicts[id, chosen][1 - half::2]))
+    return mean(scores) - max(accuracy.values())
 
 
 def shares(strategies) -> dict[str, float]:

@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.answers import STRATEGIES
-from data.files import open_run_folder, read_data, saved, write_lines, write_text, write_whole
+from data.files import (load_training, open_run_folder, read_data, saved, write_lines, write_text,
+                        write_whole)
+from data.hub import find_model
 from data.report import count_programs, print_round, update_metrics, write_report
 from model import Decoder
 from sampler import Student
@@ -43,7 +45,7 @@ IGNORE = -100             # the target where there is nothing to learn: question
 LOGITS_AT_ONCE = 2 ** 25  # numbers: 128 MiB
 
 FLAGS = (  # name, default, least value, meaning
-    ("--model", HERE / "data/student", None, "the student: a Hugging Face folder"),
+    ("--model", HERE / "data/student", None, "the student: a Hugging Face folder or owner/name"),
     ("--data", HERE / "data/toy", None, "folder with the data"),
     ("--out", Path("out"), None, "run folder"),
     ("--iters", 3, 0, "SIKeD rounds after the distillation"),
@@ -56,6 +58,7 @@ FLAGS = (  # name, default, least value, meaning
     ("--accumulation", 4, 1, "forward passes per optimizer step"),
     ("--lr", 2e-3, 0, "learning rate; a real student needs 1e-5 or so, with LoRA 2e-4"),
     ("--lora", 0, 0, "rank of LoRA adapters; 0: train all weights"),
+    ("--prompt", r"{question}\n", None, r"what the student reads; \n is a line break"),
     ("--rows", 256, 1, "texts written at once; fewer need less memory"),
 )
 # What is seldom changed has no flag. Only a preset sets it.
@@ -67,6 +70,7 @@ SETTINGS = {
     "keep": 1,             # own texts per question and strategy in a mix
     "held_out": 0.1,       # share of the training questions, to choose settings on
     "save_minutes": 10,    # between two checkpoints of a training
+    "checkpointing": False,  # True: training takes less memory and more time
 }
 PRESETS = {
     "paper": {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "lr": 2e-4,
@@ -87,7 +91,6 @@ def parse_args(argv=None):
     add("--mix", choices=MIXES, default="adaptive", help="step 4: what is trained on [adaptive]")
     add("--compare", action="store_true", help="also run other mixes and the controls")
     add("--preset", choices=PRESETS, help=f"other defaults: paper = {PRESETS['paper']}")
-    add("--checkpointing", action="store_true", help="training takes less memory and more time")
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**(SETTINGS | PRESETS.get(preset, {})))
     args = parser.parse_args(argv)
@@ -95,6 +98,9 @@ def parse_args(argv=None):
         value = getattr(args, name[2:].replace("-", "_"))
         if least is not None and not least <= value < math.inf:
             parser.error(f"{name} {value}: must be at least {least}, and finite")
+    args.prompt = args.prompt.replace(r"\n", "\n")
+    if "{question}" not in args.prompt:
+        parser.error(f"--prompt {args.prompt!r}: there must be {{question}} in it")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -187,10 +193,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
                                   weight_decay=args.weight_decay)
     done = 0
     if checkpoint and checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu")
-        model.load_state_dict(state["parameters"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+        done = load_training(checkpoint, parameters, optimizer)
     batches = islice(make_batches(examples, args.batch_size, seed), done * args.accumulation, None)
     saved_at = time.time()
     disable = None if RANK == 0 else True  # None: no bar where there is no terminal
@@ -317,8 +320,9 @@ def list_folders(name, args, seed):
 
 def train_run(name, mode, data, args, seed):
     """Trains the models of a run, and adds their lines to metrics.jsonl."""
-    student = SharingStudent(args.model, args.max_new_tokens, args.rows, getattr(torch, args.dtype),
-                             args.device)
+    dtype = getattr(torch, args.dtype)
+    student = SharingStudent(find_model(args.model), args.max_new_tokens, args.rows, dtype,
+                             args.device, template=args.prompt)
     check_lengths(student, data)
     folders = list_folders(name, args, seed)
     control_steps = {}
@@ -340,7 +344,7 @@ def train_run(name, mode, data, args, seed):
         if RANK == 0:
             path = folder / "metrics.json"
             is_new = not path.exists()
-            lines = saved(path, measure, result, labels)
+            lines = saved(path, measure, result, data.questions, labels)
             update_metrics(args.out / "metrics.jsonl", lines)
             if is_new:
                 print_round(lines, result, data.questions)

@@ -22,6 +22,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from http.client import HTTPException
+from itertools import groupby
 from pathlib import Path
 from textwrap import dedent
 
@@ -32,8 +33,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data.answers import MARKER, STRATEGIES, is_correct, number_behind  # noqa: E402
 from data.files import read_json, read_questions, read_rationales  # noqa: E402
+from data.hub import find_model  # noqa: E402
 from data.program import run_program  # noqa: E402
-from sampler import Student, generate  # noqa: E402
+from sampler import Student, generate, stream  # noqa: E402
 
 START = b'{"id": '    # of every line that is written
 NEXT = "\nQuestion:"  # a teacher that goes on with a question of its own is cut there
@@ -231,6 +233,13 @@ class Teacher(Student):
     """A checkpoint that goes on with the worked examples. They are the stem of a prompt, which
     `generate` feeds once for all questions of a strategy."""
 
+    def __init__(self, *settings):
+        super().__init__(*settings)
+        # Any control token ends a text: a chat model closes this one not with its <|im_end|>, but
+        # with its <|endoftext|>, which its eos_token_id may leave out.
+        V = self.model.config.vocab_size  # some tokenizers know more: Gemma 3's, of a picture
+        self.stop_ids += [id for id in self.specials.values() if id < V]
+
     def prompt(self, question, strategy=None):
         stem = self.tokenizer.encode(examples(strategy)).ids
         return stem, self.encode(ask_for(question))
@@ -241,34 +250,35 @@ class Teacher(Student):
 
 
 def ask_checkpoint(args, jobs, seed: int):
-    """The same from a local model: some questions at a time, so that a stop loses little.
+    """The same from a local model, --rows texts at a time. A stop loses only those.
 
     seed: another one for every start, or a question would get the texts again that it got before a
     stop.
     """
     if not jobs:
         return
-    fields = read_json(Path(args.model) / "config.json")
+    folder = find_model(args.model)
+    fields = read_json(folder / "config.json")
     stored = fields.get("dtype") or fields.get("torch_dtype")
     dtype = getattr(torch, args.dtype or ("bfloat16" if stored == "bfloat16" else "float32"))
-    teacher = Teacher(args.model, args.max_new_tokens, args.rows, dtype, args.device, dtype)
+    teacher = Teacher(folder, args.max_new_tokens, args.rows, dtype, args.device, dtype)
     announce(teacher, args, jobs)
     n_empty = 0
-    while jobs:
-        # One strategy, so one stem; and one round, since equal prompts would get equal texts.
-        part = [job for job in jobs[:args.rows] if job[1:] == jobs[0][1:]]
-        asked = [(question, strategy) for question, strategy, _ in part]
-        texts = teacher.answer(asked, seed=seed, temperature=args.temperature,
-                               is_over=teacher.is_over)
-        for (question, strategy), [(text, finished)] in zip(asked, texts):
+    for k, group in groupby(jobs, key=lambda job: job[2]):  # equal prompts would get equal texts
+        group = list(group)
+        prompts = [teacher.prompt(question, strategy) for question, strategy, _ in group]
+        texts = stream(teacher.model, prompts, max_new_tokens=args.max_new_tokens,
+                       temperature=args.temperature, stop_ids=teacher.stop_ids, seed=seed + k,
+                       batch_size=args.rows, n_ids=teacher.n_ids, is_over=teacher.is_over)
+        for i, _, ids in texts:
+            question, strategy, _ = group[i]
+            text = teacher.tokenizer.decode(ids)
             cleaned = clean(strategy, text)
             if cleaned:
-                n_tokens = len(teacher.encode(text))
-                yield question, strategy, cleaned, finished or has_next(text), n_tokens
+                finished = len(ids) < args.max_new_tokens or has_next(text)
+                yield question, strategy, cleaned, finished, len(ids)
             else:
                 n_empty += 1
-        jobs = jobs[len(part):]
-        seed += len(part)
     if n_empty:
         print(f"{n_empty} texts were empty, and are asked for again next time")
 
@@ -319,7 +329,8 @@ def parse_args(argv=None):
     add("--questions", type=Path, required=True, help="JSON lines of id, question, answer")
     add("--out", type=Path, help="where to append [teacher.jsonl beside the questions]")
     add("--url", help="of an OpenAI-compatible server, up to /v1 [none: --model is a checkpoint]")
-    add("--model", required=True, help="its name on the server, or a checkpoint's folder")
+    add("--model", required=True,
+        help="its name on the server; or a checkpoint: a folder, or owner/name on the hub")
     add("--completions", action="store_true",
         help="ask for completions, not chat: a base model without a chat template")
     add("--key-variable", default="OPENAI_API_KEY",
@@ -335,7 +346,7 @@ def parse_args(argv=None):
     add("--timeout", type=float, default=120, help="seconds to wait for an answer [120]")
     add("--attempts", type=int, default=8,
         help="per request, with growing waits between them: two minutes in all [8]")
-    add("--rows", type=int, default=32, help="checkpoint: texts written at once [32]")
+    add("--rows", type=int, default=48, help="checkpoint: texts written at once [48]")
     add("--device", default=device, help=f"checkpoint: cpu or cuda [{device}]")
     add("--dtype", choices=("float32", "bfloat16"),
         help="checkpoint: of weights and arithmetic [as stored]")

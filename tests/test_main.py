@@ -616,7 +616,7 @@ def test_refusal_of_the_real_command(flags, tmp_path):
     ("--iters", "-1"), ("--iters", "two"), ("--seeds", "0"), ("--mix", "both"), ("--samples", "0"),
     ("--max-new-tokens", "0"), ("--epochs", "0"), ("--epochs", "inf"), ("--batch-size", "0"),
     ("--accumulation", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--lora", "-1"), ("--rows", "0"),
-    ("--dtype", "float16"), ("--device", "abacus"), ("--preset", "mine"),
+    ("--dtype", "float16"), ("--device", "abacus"), ("--preset", "mine"), ("--prompt", "Q:"),
     ("--held-out", "0.1"), ("--temperature", "0.5")])  # these two are no flags (any more)
 def test_impossible_flags_are_refused_at_once(refused, flags, tmp_path, flag, value):
     """By the flag's name, before anything is read or written: not after an hour of training."""
@@ -649,6 +649,7 @@ def test_missing_file_is_named(refused, flags, data, tmp_path, name):
     ("train", '{"id": "x", "question": "1 + 1?", "answer": "many"}', "many"),
     ("train", r'{"id": "x", "question": "1 + 1\ud83d?", "answer": "2"}', "surrogate"),
     ("test", '{"id": "x", "question": "1 + 1?"}', "the field 'answer' is missing"),
+    ("test", r'{"id": "x", "question": "?", "answer": "2", "kind": "\ud83d"}', "surrogate"),
     ("ood_longer", '["x"]', "the field 'id' is missing"),
     ("teacher", '{"id": "x", "strategy": "guess", "text": "3"}', "guess"),
     ("teacher", '{"id": "gsm-1", "strategy": "cot", "text": "3"}', "gsm-1"),  # of other questions

@@ -4,6 +4,7 @@ The student of most tests is a tiny decoder that has learned nine texts by heart
 seconds. So it is known what it answers, and nothing of the code under test is replaced.
 """
 import math
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from data.answers import STRATEGIES, is_correct
 from data.files import Data, Question, Rationale, read_questions
 from model import Config, Decoder
 from sampler import Student
-from siked import (MIXES, Round, evaluate, filter_correct, measure, mix, self_generate, siked,
-                   split_tag, summarise)
+from siked import (MIXES, Round, evaluate, filter_correct, measure, mix, room_to_choose,
+                   self_generate, siked, split_tag, summarise)
 
 TOY = Path(__file__).resolve().parents[1] / "data/toy"
 
@@ -387,7 +388,7 @@ def test_summary_by_hand():
 
 def measure_mix(own, training_mix, **results):
     """The measures of a round that was evaluated on one set."""
-    [line] = measure(Round(1, [], own, training_mix, results or {"test": RECORDS}), {})
+    [line] = measure(Round(1, [], own, training_mix, results or {"test": RECORDS}), [], {})
     return line
 
 
@@ -399,7 +400,7 @@ def test_measures_by_hand():
     own = write_texts("student", "a-cot b-cot c-cot")
     result = Round(1, [], own, write_texts("teacher", "a-pot") + own,
                    {"held-out": RECORDS, "test": RECORDS[:1]})
-    held_out, test = measure(result, {"run": "siked-all", "seed": 7})
+    held_out, test = measure(result, [], {"run": "siked-all", "seed": 7})
     assert held_out["alpha"] == 1 / 4
     assert held_out["P_student"] == pytest.approx({"cot": 7 / 9, "l2m": 1 / 9, "pot": 1 / 9})
     assert held_out["P_mix"] == pytest.approx({"cot": 7 / 11, "l2m": 1 / 11, "pot": 3 / 11})
@@ -413,7 +414,7 @@ def test_measures_by_hand():
 def test_measures_have_a_line_for_each_set():
     """With what names the model, and the summary of the set, as a whole and by kind."""
     result = Round(1, [], [], TEACHER, {"held-out": RECORDS, "test": RECORDS[:1]})
-    held_out, test = measure(result, {"run": "siked-all", "seed": 7})
+    held_out, test = measure(result, [], {"run": "siked-all", "seed": 7})
     assert [held_out[name] for name in ("run", "seed", "set")] == ["siked-all", 7, "held-out"]
     assert [test[name] for name in ("run", "seed", "set")] == ["siked-all", 7, "test"]
     assert held_out | summarise(RECORDS) == held_out
@@ -437,8 +438,54 @@ def test_what_was_not_measured_is_none():
     """Not 0 and not infinity. An empty mix is no division by zero either."""
     line = measure_mix([], TEACHER)
     assert line["alpha"] == 1
-    assert [line[name] for name in ("P_student", "P_free", "KL", "KL_free")] == [None] * 4
+    assert [line[name] for name in ("P_student", "P_free", "KL", "KL_free", "room")] == [None] * 5
     assert measure_mix([], [])["alpha"] == 0
+
+
+TWO = [Question("ann", "?", Fraction(7)), Question("bob", "?", Fraction(7))]
+
+
+def write_verdicts(**verdicts):
+    """Texts of two questions: ann_cot="1010" are four, the first and third of them right."""
+    texts = []
+    for name, digits in verdicts.items():
+        id, strategy = name.split("_")
+        for digit in digits:
+            text = write_answer(strategy, 6 + int(digit))
+            texts.append(Rationale(id, strategy, text, "student"))
+    return texts
+
+
+def write_answer(strategy, number):
+    return f"answer = {number}" if strategy == "pot" else f"Final answer: {number}"
+
+
+@pytest.mark.parametrize("ann, bob, room", [
+    (("1111", "0000", "0000"), ("0000", "1111", "0000"), 0.5),  # cot suits one, l2m the other
+    (("1111", "0000", "0000"), ("1111", "0000", "0000"), 0),  # cot suits both
+    # One half chooses l2m, by luck, and is wrong in the other. That half takes cot, the better for
+    # all, and is right once in two: (0 + 0.5 + 1 + 1) / 4 against (0.25 + 1) / 2.
+    (("0010", "1010", "0000"), ("1111", "0000", "0000"), 0.625 - 0.625),
+    # Each half chooses what is wrong in the other one.
+    (("0101", "1010", "0000"), ("1111", "0000", "0000"), 0.5 - 0.75)])
+def test_room_by_hand(ann, bob, room):
+    names = [f"{id}_{strategy}" for id in ("ann", "bob") for strategy in STRATEGIES]
+    texts = write_verdicts(**dict(zip(names, ann + bob)))
+    assert room_to_choose(texts, TWO) == pytest.approx(room)
+    assert room_to_choose(texts[1:], TWO) is None
+
+
+def test_room_of_chance_is_none():
+    """Texts that are right by chance alone: `any` finds much to choose from, and there is nothing."""
+    rng = random.Random(0)
+    questions = [Question(str(i), "?", Fraction(7)) for i in range(3000)]
+    texts = []
+    for question in questions:
+        for strategy in STRATEGIES:
+            for _ in range(4):
+                text = write_answer(strategy, rng.choice((6, 7)))
+                texts.append(Rationale(question.id, strategy, text, "student"))
+    assert abs(room_to_choose(texts, questions)) < 0.03
 
 
 # --------------------------------------------------------------------------------------------------

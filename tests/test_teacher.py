@@ -21,12 +21,14 @@ from unittest import mock
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
 from data.teacher import Teacher, ask_for, clean, examples, parse_args  # noqa: E402
 from data.files import Question  # noqa: E402
+from sampler import Student  # noqa: E402
 
 ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal answer: 2", "pot": "```python\nanswer = 1 + 1\n```"}
 
@@ -387,6 +389,19 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     assert "0 to come" in run_here(questions, "--model", model, "--samples", 3)
     texts = {(line["id"], line["strategy"], line["text"]) for line in both}
     assert len(texts) > 7  # of 9, if no text came twice; with the seeds of the first start 3 fewer
+
+
+def test_any_control_token_ends_the_text_of_a_checkpoint(tmp_path):
+    """But for those that the model does not have."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data/student", model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    known = tokenizer.id_to_token(40)
+    tokenizer.add_special_tokens([known, "<picture>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    teacher = Teacher(model, 40)
+    assert 40 in teacher.stop_ids and set(Student(model).stop_ids) < set(teacher.stop_ids)
+    assert tokenizer.token_to_id("<picture>") not in teacher.stop_ids
 
 
 def test_a_checkpoint_stops_at_the_next_question_and_feeds_the_examples_once():

@@ -518,6 +518,81 @@ def test_stopped_training_goes_on_to_the_same_weights(load, lora, tmp_path):
     assert torch.equal(resumed, wanted)
 
 
+def change_state(change):
+    """A function that rewrites a training.pt whose content `change` has changed."""
+    def rewrite(path):
+        state = torch.load(path)
+        torch.save(change(state) or state, path)
+
+    return rewrite
+
+
+def turn_a_bit(path):
+    """Of a weight: torch.load would not notice."""
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path)["parameters"]["model.embed_tokens.weight"]
+    place = content.index(weights.detach().numpy().tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def add_dimension(state):
+    weight = state["parameters"]["model.norm.weight"]
+    state["parameters"]["model.norm.weight"] = weight[None]  # which copy_ would accept
+
+
+
+SPOILT = {
+    "nothing in it": lambda path: path.write_bytes(b""),
+    "one byte": lambda path: path.write_bytes(b"P"),
+    "half of it": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    "a byte less": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "noise": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
+    "a text": lambda path: path.write_text("{}"),
+    "a bit": turn_a_bit,
+    "another value": change_state(lambda state: [1]),
+    "no step": change_state(lambda state: state.pop("step") and None),
+    "no parameters": change_state(lambda state: {"step": 3, "optimizer": state["optimizer"]}),
+    "no optimizer": change_state(lambda state: state.pop("optimizer") and None),
+    "no group": change_state(lambda state: state["optimizer"]["param_groups"].clear()),
+    "one parameter less": change_state(lambda state: state["parameters"].popitem() and None),
+    "another shape": change_state(add_dimension),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_training_with_a_spoilt_checkpoint_begins_again(load, tmp_path, capsys, spoil):
+    """A kill cannot tear training.pt, but a copy that broke off or a power cut can. Nothing of it
+    is used: the weights are those of a training from the start. One line names the file."""
+    arguments = ragged_examples(8), 4, settings(save_minutes=0), 3, "test"
+    wanted = weights_after(load(), *arguments)
+    path = tmp_path / "training.pt"
+    with stopped_in_step(3):
+        fine_tune(load(), *arguments, path)
+    spoil(path)
+    capsys.readouterr()
+    with Recorder() as record:
+        assert torch.equal(weights_after(load(), *arguments, path), wanted)
+    assert len(record.steps) == 4
+    said = [line for line in capsys.readouterr().out.splitlines() if not "loss" in line]
+    assert said == [f"{path}: torn, or of another model; this training begins again"]
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_checkpoint_of_another_kind_of_training_is_not_used(load, tmp_path, capsys, lora):
+    """Of all weights where adapters are trained, or of adapters where all weights are."""
+    def arguments(lora):
+        return ragged_examples(8), 4, settings(lora=lora), 3, "test"
+
+    path = tmp_path / "training.pt"
+    with stopped_in_step(3):
+        fine_tune(load(), *arguments(2 - lora), path)
+    resumed = weights_after(load(), *arguments(lora), path)
+    assert f"{path}: torn, or of another model" in capsys.readouterr().out
+    assert torch.equal(resumed, weights_after(load(), *arguments(lora)))
+
+
 def test_checkpoint_is_written_every_so_many_minutes(load, monkeypatch, tmp_path):
     """Here a step takes 4 minutes, and there is a checkpoint every 10: after steps 3 and 6 of 8."""
     path = tmp_path / "training.pt"
@@ -647,7 +722,8 @@ def test_help_gives_every_flag_with_its_default(capsys, monkeypatch):
         entry = re.sub(r"\s+", " ", entries["--" + name.replace("_", "-")])
         assert len(entry.split()) > 3, f"{entry}: says nothing"
         if default not in (False, None):
-            assert f" [{default}]" in entry, entry
+            shown = str(default).replace("\n", r"\n")
+            assert f" [{shown}]" in entry, entry
 
 
 def test_defaults_run_the_embedded_example():
