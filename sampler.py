@@ -5,7 +5,7 @@ is a model with its tokenizer.
                      stop_ids=[2])
     texts[0][3]    # sample 3 of prompt 0: a list of ids, without the stop id
 
-Texts differ in length, so the batch is kept full. `generate` does, in this order:
+Texts differ in length, so the batch is kept full. `stream` does, in this order:
     refill  The next samples take the free rows. A question is fed once, and its cache is copied to
             the rows of all its tags and samples.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
