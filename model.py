@@ -10,7 +10,7 @@ comes after all real tokens, where the causal mask hides it.
 Dimension letters, used in every shape comment:
     B  rows of the batch               H     query heads
     T  tokens fed per row              H_kv  key and value heads, a divisor of H
-    S  keys seen: cached ones and T    D     width of one head (head_dim)
+    S  keys seen by the longest row    D     width of one head (head_dim)
     V  vocabulary size                 C     width of the hidden states (hidden_size)
 
 The last of the four files; it needs none of the other three. Read `Decoder.hidden` first, then

@@ -5,9 +5,12 @@ is a model with its tokenizer.
                      stop_ids=[2])
     texts[0][3]    # sample 3 of prompt 0: a list of ids, without the stop id
 
+A prompt is a pair (stem, tail). The stem is the question in its template, but for the last id. The
+tail is that last id and, if a strategy is forced, its tag. All prompts of a question have one stem.
+
 Texts differ in length, so the batch is kept full. `stream` does, in this order:
-    refill  The next samples take the free rows. A question is fed once, and its cache is copied to
-            the rows of all its tags and samples.
+    refill  The next samples take the free rows. A refill feeds each stem once, and copies its cache
+            to the rows of all its tags and samples. The tails are fed row by row.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -33,7 +36,7 @@ from model import Decoder
 
 REFILL_SHARE = 1 / 8  # of the rows: so many are free before a refill, which costs a pass of its own
 SHRINK_SHARE = 1 / 4  # of the rows: so many are free before the others move to a smaller batch
-BLOCK = {"cpu": 1, "cuda": 128}  # S is a multiple of it in decoding: few CUDA graphs serve all
+BLOCK = {"cpu": 1, "cuda": 128}  # S is a multiple of it: few CUDA graphs serve all, see `decode`
 
 
 class KVCache:
@@ -111,7 +114,7 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()                # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
-    ids, order = ids.sort()  # by id: so a number draws the same id for every M
+    ids, order = ids.sort()  # by id: so a row's number draws the same id for every M
     weights = probabilities.where(inside, 0).gather(1, order)                       # (B, M)
     places = draw_places(weights, uniforms)                                         # (B,)
     tokens = ids.gather(1, places[:, None])[:, 0]                                   # (B,)
@@ -158,7 +161,7 @@ def feed(model, cache, texts):
 
 
 def feed_stems(model, stems):
-    """A cache with a row for each stem. Stems may be empty."""
+    """A cache with a row for each stem. That of a prompt of one id is empty."""
     longest = max(map(len, stems))
     cache = KVCache(model.config, len(stems), longest, model.output_weight())
     if longest:
@@ -192,8 +195,8 @@ class Batch:
         self.tokens = torch.zeros_like(self.cache.lengths)                          # (B,)
         self.n_drawn = torch.zeros_like(self.cache.lengths)                         # (B,)
         self.uniforms = torch.zeros(rows, max_new_tokens, device=weight.device)
-        self.stems = []  # those that were fed last; their rows in
-        self.stem_cache = None
+        self.stems = []         # those that were fed last
+        self.stem_cache = None  # a row for each of them
         self.graphs = {}  # S -> a recorded step
         self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
 
@@ -215,8 +218,8 @@ class Batch:
 
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0: so they do not make S larger for all.
-        They do not reach the cache's end: within max_new_tokens steps all other rows end, too, and
-        there is a refill, which frees these again, or a shrink, which drops them."""
+        They do not reach the cache's end. Every refill sets them back to place 0, and between two
+        refills no row begins: within max_new_tokens steps all are free, and there is a refill."""
         self.cache.set_lengths(rows, 0)
         self.n_drawn[rows] = 0
 
@@ -254,7 +257,7 @@ class Batch:
                 self.graphs[S] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graphs[S], pool=self.pool):  # one memory for all graphs
                     self.step()
-        self.cache.longest += 1
+        self.cache.longest += 1  # a number of Python, which a recorded step leaves as it is
         return self.tokens.tolist()
 
 
@@ -288,7 +291,7 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
         return sample_next_token(logits[:, :n_ids], temperature, top_p, uniforms)
 
     waiting = line_up(prompts, n)
-    running = {}  # row -> (prompt, sample, text)
+    running = {}  # row -> (index of the prompt, sample, text)
     B = min(batch_size, len(waiting))
     longest = max((len(stem + tail) for stem, tail in prompts), default=0)
     batch = Batch(model, B, longest, max_new_tokens, draw)
@@ -402,7 +405,7 @@ class Student:
         self.tokenizer.no_truncation()  # some files hold the settings of another training
         self.tokenizer.no_padding()
         # "<end>" in a question or rationale is plain text. Only in the template it is a token.
-        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.encode_special_tokens = True  # as other characters are
         self.specials = {}  # text -> id
         for id, token in self.tokenizer.get_added_tokens_decoder().items():
             if token.special:
@@ -433,8 +436,8 @@ class Student:
 
     def prompt(self, question, strategy=None):
         """The template with the question and, if the strategy is forced, its tag, as a pair of
-        lists of ids (stem, tail). The tail is the last id of the template, so that it is never
-        empty, and the tag. Gemma's <bos> comes in front, also if the template leaves it out."""
+        lists of ids (stem, tail). The tail is the template's last id, so it is never empty, and
+        then the tag. Gemma's <bos> comes in front, also if the template leaves it out."""
         ids = []
         for part in self.template:
             if part in self.specials:

@@ -31,6 +31,9 @@ from statistics import fmean as mean
 from data.answers import STRATEGIES, is_correct
 from data.files import Data, Rationale, saved, saved_rationales
 
+# A Question has id, text, answer and kind. A Rationale has id (its question's), strategy, text,
+# source ("teacher" or "student") and finished (False: cut off). Data has questions, teacher, sets.
+
 MIXES = ("adaptive", "adaptive-per-strategy", "all", "self", "teacher")
 SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # of own texts
 TEXTS_IN_A_PART = 8192  # own texts in one file: a kill loses at most one file
@@ -247,8 +250,10 @@ def summarise(records) -> dict:
 
 # --------------------------------------------------------------------------------------------------
 # measures of the paper's Figure 2. With `adaptive` the teacher's share of the mix, alpha, falls
-# from round to round: the student solves more questions, and fewer need the teacher. And the mix
-# comes to prefer the strategies that the student prefers
+# from round to round: the student solves more questions, and fewer need the teacher. Two students
+# are compared with a round's mix: the one before the training by what it CAN do (P_student: its
+# forced texts that were kept; most of the mix is these, so KL is small), and the one after it by
+# what it CHOOSES (P_free). If it learns to choose as the mix does, KL_free falls
 
 
 def measure(result: Round, questions, labels: dict) -> list[dict]:
@@ -292,12 +297,13 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
 
 
 def room_to_choose(generated, questions) -> float | None:
-    """How much more a choice per question gets right than the best strategy for all. Where it is 0,
-    no way of choosing can pay.
+    """How much more a choice per question gets right than the best single strategy for all.
 
-    For each question one half of its texts chooses the strategy, the one that is right most often;
-    the other half says how often that is right. So luck in one half counts for nothing, as it does
-    in `any`. Then the halves change places. None with fewer than four texts in a strategy.
+    For each question one half of its texts chooses the strategy, the one that is right most often
+    there. The other half says how often that one is right. Then the halves change places. So a
+    lucky hit is no gain unless the other half repeats it; `any` counts every lucky hit. With few
+    texts the choice is poor: then the figure is too low, even below 0. None if a question has fewer
+    than four texts in a strategy (K < 4).
     """
     by_id = {question.id: question for question in questions}
     verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?

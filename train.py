@@ -134,7 +134,12 @@ def make_batches(examples, batch_size: int, seed: int):
 def collate(batch):
     """[(prompt ids, target ids)] -> tokens (B, T) and targets (B, T), padded on the right.
 
-    targets[b, t] is the id that should follow tokens[b, t], or IGNORE. Padding is told by its
+    targets[b, t] is the id that should follow tokens[b, t], or IGNORE:
+
+        prompt p q, target x y z    tokens   p q x y
+                                    targets  - x y z
+
+    Padding is told by its
     place, never by its id: an end token may have the same id, and must be learned.
     """
     T = max(len(prompt) + len(target) for prompt, target in batch) - 1
@@ -162,7 +167,9 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
     total = torch.zeros((), device=tokens.device)
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         states = model.hidden(tokens)[trained]                              # (N, C)
-        leaf = states.detach().requires_grad_()  # each piece adds its gradient to leaf.grad
+        # Cut here: or each piece's backward pass would go through the whole model. The last line
+        # does so once, with the gradients that the pieces have added up in leaf.grad.
+        leaf = states.detach().requires_grad_()
         size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
         for piece, ids in zip(leaf.split(size), wanted.split(size)):
             logits = model.output(piece).float()                            # (size or less, V)
