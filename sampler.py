@@ -202,7 +202,7 @@ class Batch:
 
     def put(self, rows, prompts, uniforms):
         """Begins prompts (stem, tail) in these rows, with the numbers (N, max_new_tokens) to draw
-        by. Equal stems are fed once, and not again if the last prompts had them, too."""
+        by. Equal stems are fed once, and not again if all were among those of the last prompts."""
         stems = [stem for stem, _ in prompts]
         if not set(stems) <= set(self.stems):
             self.stems = list(dict.fromkeys(stems))
@@ -275,7 +275,7 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
            batch_size=256, n_ids=None, is_over=None, cuda_graphs=True, progress=None):
     """The same, a text at a time: yields (prompt's index, sample, ids) as they come to an end.
 
-    prompts         lists of ids, or pairs (stem, tail): equal stems are fed once
+    prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
     max_new_tokens  ids per text, the stop id included: a text of so many ids was cut off
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
     is_over         function(ids of a text) -> does it end here? The stop ids end it anyway
@@ -367,7 +367,8 @@ def check_arguments(model, prompts, n, max_new_tokens, temperature, top_p, stop_
     for i, (stem, tail) in enumerate(prompts):
         ranges += [(f"the length of prompt {i}", len(stem + tail), 1, room)]
         ranges += [(f"the length of the tail of prompt {i}", len(tail), 1, room)]
-        ranges += [(f"an id of prompt {i}", id, 0, last_id) for id in set(stem + tail)]
+        ranges += [(f"an id of prompt {i}", min(stem + tail, default=0), 0, last_id)]
+        ranges += [(f"an id of prompt {i}", max(stem + tail, default=0), 0, last_id)]
     for name, value, least, greatest in ranges:
         if not least <= value <= greatest:
             raise ValueError(f"{name} = {value} must be between {least} and {greatest}")

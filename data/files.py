@@ -283,6 +283,8 @@ def load_training(path: Path, parameters: dict, optimizer) -> int:
             if weights[name].shape != parameter.shape:
                 raise ValueError
         optimizer.load_state_dict(state["optimizer"])
+    except MemoryError:
+        raise
     except Exception:  # what is in such a file may raise anything
         print(f"{path}: torn, or of another model; this training begins again")
         return 0

@@ -120,12 +120,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=READERS)
     parser.add_argument("--source", type=Path, help="raw file; for gsm8k the folder with train.jsonl and test.jsonl")
-    parser.add_argument("--train", type=int, metavar="N", help="not for gsm8k, which is split: the first N questions "
-                        "become train.jsonl, the others test.jsonl")
+    parser.add_argument("--train", type=int, metavar="N", help="svamp: the first N questions become train.jsonl, "
+                        "the others test.jsonl. (gsm8k is split; the other two are ordered by difficulty)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()
-    if args.train is not None and args.name == "gsm8k":
-        parser.error("--train: gsm8k is split already")
+    if args.train is not None and args.name != "svamp":
+        parser.error(f"--train {args.train}: only svamp can be cut, not {args.name}")
+    whole = args.out / "svamp.jsonl"
+    if args.train is not None and whole.exists():
+        raise ValueError(f"{whole}: it holds the questions to train on, and would be evaluated: move it")
     results = {}
     for file, (address, digest) in ADDRESSES[args.name].items():
         place = args.source or address

@@ -46,9 +46,9 @@ LEGEND = """
 - KL: KL(mix || own kept texts), in nats: how far the mix's shares of the strategies are from those
   of the kept texts (Figure 2 of the paper). Half a text is added to every count
 - KL free: KL(mix || free choice on the held-out questions), after training on the mix
-- room: how much more a choice per training question would get right than the best strategy for all,
-  for the student before this round: one half of a question's own texts chooses, the other half
-  counts. With fewer than four texts per question and strategy: a dash
+- room: at least so much more a choice per training question would get right than the best strategy
+  for all, for the student before this round: one half of a question's own texts chooses, the other
+  half counts. A choice that knows more may bring more. A dash: fewer than four texts (K < 4)
 - steps: of the optimizer, all rounds together
 - seconds: of this round alone; of a round that was stopped, since it went on
 """
@@ -118,7 +118,7 @@ def print_round(lines: list[dict], result, questions) -> None:
     print(f"alpha {test['alpha']:.3f}, KL(mix || own kept texts) {kl_own}, "
           f"KL(mix || free choice on the held-out questions) {kl_free}")
     if test["room"] is not None:
-        print(f"room to choose, before this round: {100 * test['room']:.1f} points")
+        print(f"room to choose, before this round: at least {100 * test['room']:.1f} points")
     if result.generated:
         print(find_example(result, questions))
     print(flush=True)
@@ -268,7 +268,7 @@ def table_of_models(metrics: list[dict]) -> str:
         row["alpha"] = format_mean([line["alpha"] for line in test], ".2f")
         row["KL"] = format_mean([line["KL"] for line in test], ".2g")
         row["KL free"] = format_mean([line["KL_free"] for line in test], ".2g")
-        rooms = [line["room"] for line in test]
+        rooms = [line.get("room") for line in test]  # an older run has none
         row["room"] = "-" if None in rooms else format_mean([100 * room for room in rooms], ".1f")
         row["steps"] = format_mean([line["steps"] for line in test], ".0f")
         row["seconds"] = format_mean([line["seconds"] for line in test], ".0f")

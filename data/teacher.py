@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from functools import cache
 from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
@@ -179,9 +180,13 @@ def beginning(content: bytes) -> str:
     return " ".join(content[:300].decode(errors="replace").split())
 
 
-def ask_server(args, jobs):
+def ask_server(args, jobs, seed: int):
     """Yields (question, strategy, text, finished, tokens) in the order in which the answers come.
-    Stopped, it also yields those to requests that are under way, since they are paid for."""
+    Stopped, it also yields those to requests that are under way, since they are paid for.
+
+    seed: another one for every start, or a question would get the texts again that it got before a
+    stop.
+    """
     jobs = iter(jobs)
     running = {}  # future -> (question, strategy)
     skipped = []
@@ -191,7 +196,7 @@ def ask_server(args, jobs):
     try:
         while True:
             for question, strategy, k in jobs:
-                future = pool.submit(ask, args, question, strategy, args.seed + k, stopping)
+                future = pool.submit(ask, args, question, strategy, seed + k, stopping)
                 running[future] = question, strategy
                 if len(running) >= 2 * args.in_flight:
                     break
@@ -230,8 +235,8 @@ def ask_server(args, jobs):
 
 
 class Teacher(Student):
-    """A checkpoint that goes on with the worked examples. They are the stem of a prompt, which
-    `generate` feeds once for all questions of a strategy."""
+    """A checkpoint that goes on with the worked examples. They are the stem of a prompt: `stream`
+    feeds them once for all questions of a strategy, or twice where two strategies meet."""
 
     def __init__(self, *settings):
         super().__init__(*settings)
@@ -240,9 +245,12 @@ class Teacher(Student):
         V = self.model.config.vocab_size  # some tokenizers know more: Gemma 3's, of a picture
         self.stop_ids += [id for id in self.specials.values() if id < V]
 
+    @cache
+    def stem(self, strategy):
+        return tuple(self.tokenizer.encode(examples(strategy)).ids)
+
     def prompt(self, question, strategy=None):
-        stem = self.tokenizer.encode(examples(strategy)).ids
-        return stem, self.encode(ask_for(question))
+        return self.stem(strategy), self.encode(ask_for(question))
 
     def is_over(self, ids):
         """Has a text gone on to the next question?"""
@@ -250,19 +258,17 @@ class Teacher(Student):
 
 
 def ask_checkpoint(args, jobs, seed: int):
-    """The same from a local model, --rows texts at a time. A stop loses only those.
-
-    seed: another one for every start, or a question would get the texts again that it got before a
-    stop.
-    """
+    """The same from a local model, --rows texts at a time. A stop loses only those."""
     if not jobs:
-        return
+        return  # or a complete collection would read the weights for nothing
     folder = find_model(args.model)
     fields = read_json(folder / "config.json")
     stored = fields.get("dtype") or fields.get("torch_dtype")
     dtype = getattr(torch, args.dtype or ("bfloat16" if stored == "bfloat16" else "float32"))
     teacher = Teacher(folder, args.max_new_tokens, args.rows, dtype, args.device, dtype)
-    announce(teacher, args, jobs)
+    jobs = leave_out_long(teacher, jobs)
+    if jobs:
+        announce(teacher, args, jobs)
     n_empty = 0
     for k, group in groupby(jobs, key=lambda job: job[2]):  # equal prompts would get equal texts
         group = list(group)
@@ -280,7 +286,21 @@ def ask_checkpoint(args, jobs, seed: int):
             else:
                 n_empty += 1
     if n_empty:
-        print(f"{n_empty} texts were empty, and are asked for again next time")
+        print(f"{n_empty} texts were empty; the same command with another --seed asks for them again")
+
+
+def leave_out_long(teacher, jobs):
+    """The jobs whose prompt and text fit the teacher; names the others."""
+    room = teacher.model.config.max_position_embeddings - teacher.max_new_tokens
+    kept = []
+    for job in jobs:
+        stem, tail = teacher.prompt(*job[:2])
+        if len(stem) + len(tail) <= room:
+            kept.append(job)
+        else:
+            print(f"{job[0].id} [{job[1]}]: left out, its prompt has {len(stem) + len(tail)} tokens; "
+                  f"with --max-new-tokens {teacher.max_new_tokens} there is room for {room}")
+    return kept
 
 
 def announce(teacher, args, jobs):
@@ -294,6 +314,7 @@ def announce(teacher, args, jobs):
     rows = min(args.rows, len(jobs))
     length = len(stem) + len(tail) + args.max_new_tokens
     pairs = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    length += len(stem) + len(tail)  # the prompts are fed in a cache of their own
     caches = rows * length * pairs * 2 * size
     print(f"{args.model}, {str(model.output_weight().dtype).removeprefix('torch.')}: "
           f"{weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of keys and values")
@@ -392,10 +413,8 @@ def main() -> None:
         correct[rationale.strategy] += is_correct(rationale.strategy, rationale.text, gold)
     jobs = list_jobs(args, questions, there)
     print(f"{out}: {len(there)} texts are there, {len(jobs)} to come")
-    if args.url:
-        answers = ask_server(args, jobs)
-    else:
-        answers = ask_checkpoint(args, jobs, args.seed + len(there))
+    collect = ask_server if args.url else ask_checkpoint
+    answers = collect(args, jobs, args.seed + len(there))
     n_tokens = 0
     bar = tqdm(total=len(jobs), unit="text", disable=None)
     with open(out, "a", encoding="utf-8") as file, bar:
@@ -413,6 +432,8 @@ def main() -> None:
     figures = [f"{s} {correct[s]} of {written[s]} ({correct[s] / max(written[s], 1):.0%})"
                for s in STRATEGIES]
     print(f"{n_tokens:,} tokens used; correct: {', '.join(figures)}")
+    if jobs and not sum(written.values()):
+        raise ValueError(f"{out}: not one text was collected")
 
 
 if __name__ == "__main__":

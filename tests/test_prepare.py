@@ -100,8 +100,12 @@ def test_a_set_can_be_split(tmp_path):
     assert [q.id for q in read_questions(tmp_path / "out/test.jsonl")] == ["chal-2"]
     for n in (0, 2):
         assert f"--train {n}" in run("svamp", "--source", raw, "--train", n, "--out", tmp_path / "no", code=2)
-    assert "--train" in run("gsm8k", "--train", 1, "--out", tmp_path / "no", code=2)
+    for name in ("gsm8k", "asdiv", "multiarith"):  # of which the last two are not in a mixed order
+        assert "--train" in run(name, "--train", 1, "--out", tmp_path / "no", code=2)
     assert not (tmp_path / "no").exists()
+    run("svamp", "--source", raw, "--out", tmp_path / "whole")
+    again = run("svamp", "--source", raw, "--train", 1, "--out", tmp_path / "whole", code=2)
+    assert "svamp.jsonl: it holds the questions to train on" in again
 
 
 def test_what_has_not_one_numeric_answer_is_left_out_and_named(tmp_path):
