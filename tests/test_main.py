@@ -381,7 +381,7 @@ for stop in STOPS:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
-    print("killed with", json.dumps(files), flush=True)
+    print("\\nkilled with", json.dumps(files), flush=True)  # it may be killed within a line
 """
 
 
