@@ -281,7 +281,9 @@ def ask_checkpoint(args, jobs, seed: int):
             text = teacher.tokenizer.decode(ids)
             cleaned = clean(strategy, text)
             if cleaned:
-                finished = len(ids) < args.max_new_tokens or has_next(text)
+                # What went on behind its final answer was whole there.
+                went_on = strategy != "pot" and not text.rstrip().endswith(cleaned)
+                finished = len(ids) < args.max_new_tokens or has_next(text) or went_on
                 yield question, strategy, cleaned, finished, len(ids)
             else:
                 n_empty += 1

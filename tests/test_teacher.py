@@ -26,7 +26,9 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
-from data.teacher import Teacher, ask_for, clean, examples, leave_out_long, parse_args  # noqa: E402
+import data.teacher  # noqa: E402
+from data.teacher import (Teacher, ask_checkpoint, ask_for, clean, examples,  # noqa: E402
+                          leave_out_long, parse_args)
 from data.files import Question  # noqa: E402
 from sampler import Student  # noqa: E402
 
@@ -400,6 +402,21 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     assert "0 to come" in run_here(questions, "--model", model, "--samples", 3)
     texts = {(line["id"], line["strategy"], line["text"]) for line in both}
     assert len(texts) > 7  # of 9, if no text came twice; with the seeds of the first start 3 fewer
+
+
+@pytest.mark.parametrize("text, finished", [
+    ("1 + 1 = 2. Final answer: 2\nAnd a further", True), ("Final answer: 2\n\nQuestion: How", True),
+    ("1 + 1 = 2. Final answer: 2", False), ("1 + 1 = 2. And so", False)])
+def test_a_text_of_a_checkpoint_that_goes_on_behind_its_answer_is_whole(monkeypatch, text, finished):
+    """It met the limit, but is cut where it was whole before. A number at the limit may be half."""
+    ids = Teacher(ROOT / "data/student", 40).encode(text)
+    monkeypatch.setattr(data.teacher, "stream", lambda *_, **__: [(0, 0, ids)])
+    monkeypatch.setattr(data.teacher, "leave_out_long", lambda teacher, jobs: jobs)
+    monkeypatch.setattr(data.teacher, "announce", lambda *_: None)
+    args = parse_args(["--questions", "q", "--model", str(ROOT / "data/student"),
+                       "--device", "cpu", "--max-new-tokens", str(len(ids))])
+    [answer] = ask_checkpoint(args, [(Question("1", "How many?", 2), "cot", 0)], 0)
+    assert answer[3] is finished
 
 
 def test_a_question_that_is_too_long_for_a_checkpoint_is_left_out(capsys):
