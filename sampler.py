@@ -219,7 +219,8 @@ class Batch:
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0: so they do not make S larger for all.
         They do not reach the cache's end. Every refill sets them back to place 0, and between two
-        refills no row begins: within max_new_tokens steps all are free, and there is a refill."""
+        refills no row begins: within max_new_tokens steps all are free, and there is a refill, a
+        shrink or the end."""
         self.cache.set_lengths(rows, 0)
         self.n_drawn[rows] = 0
 
@@ -405,8 +406,9 @@ class Student:
             raise ValueError(f"{path} cannot be read: {error}") from None
         self.tokenizer.no_truncation()  # some files hold the settings of another training
         self.tokenizer.no_padding()
-        # "<end>" in a question or rationale is plain text. Only in the template it is a token.
-        self.tokenizer.encode_special_tokens = True  # as other characters are
+        # "<end>" in a question or rationale is encoded like other characters. Only in the template
+        # it is the end token.
+        self.tokenizer.encode_special_tokens = True
         self.specials = {}  # text -> id
         for id, token in self.tokenizer.get_added_tokens_decoder().items():
             if token.special:

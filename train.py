@@ -139,8 +139,8 @@ def collate(batch):
         prompt p q, target x y z    tokens   p q x y
                                     targets  - x y z
 
-    Padding is told by its
-    place, never by its id: an end token may have the same id, and must be learned.
+    Padding is told by its place, never by its id: an end token may have the same id, and must be
+    learned.
     """
     T = max(len(prompt) + len(target) for prompt, target in batch) - 1
     tokens = torch.zeros(len(batch), T, dtype=torch.int64)

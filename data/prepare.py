@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("name", choices=READERS)
     parser.add_argument("--source", type=Path, help="raw file; for gsm8k the folder with train.jsonl and test.jsonl")
     parser.add_argument("--train", type=int, metavar="N", help="svamp: the first N questions become train.jsonl, "
-                        "the others test.jsonl. (gsm8k is split; the other two are ordered by difficulty)")
+                        "the others test.jsonl. (gsm8k is split; the other two are ordered by kind)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()
     if args.train is not None and args.name != "svamp":

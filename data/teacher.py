@@ -288,7 +288,8 @@ def ask_checkpoint(args, jobs, seed: int):
             else:
                 n_empty += 1
     if n_empty:
-        print(f"{n_empty} texts were empty; the same command with another --seed asks for them again")
+        print(f"{n_empty} texts were empty. The same command asks for them again; where it wrote "
+              "nothing else, it needs another --seed")
 
 
 def leave_out_long(teacher, jobs):
@@ -314,9 +315,8 @@ def announce(teacher, args, jobs):
     question, strategy, _ = jobs[0]
     stem, tail = teacher.prompt(question, strategy)
     rows = min(args.rows, len(jobs))
-    length = len(stem) + len(tail) + args.max_new_tokens
+    length = 2 * (len(stem) + len(tail)) + args.max_new_tokens  # prompts have a cache of their own
     pairs = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    length += len(stem) + len(tail)  # the prompts are fed in a cache of their own
     caches = rows * length * pairs * 2 * size
     print(f"{args.model}, {str(model.output_weight().dtype).removeprefix('torch.')}: "
           f"{weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of keys and values")
