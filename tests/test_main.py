@@ -725,6 +725,11 @@ def test_questions_longer_than_the_context_are_refused_at_once(refused, flags, c
     assert "longest question" in said and "256 positions" in said
 
 
+def test_prompt_is_what_the_student_reads(refused, flags):
+    """Told by a frame that is longer than its context."""
+    assert "256 positions" in refused(*flags, "--prompt", "word " * 300 + "{question}")
+
+
 def test_texts_that_do_not_fit_the_student_are_refused_at_once(refused, flags):
     """More new tokens than the student has positions: said before the first training, not in the
     evaluation after it."""

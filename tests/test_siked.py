@@ -463,9 +463,9 @@ def write_answer(strategy, number):
 @pytest.mark.parametrize("ann, bob, room", [
     (("1111", "0000", "0000"), ("0000", "1111", "0000"), 0.5),  # cot suits one, l2m the other
     (("1111", "0000", "0000"), ("1111", "0000", "0000"), 0),  # cot suits both
-    # One half chooses l2m, by luck, and is wrong in the other. That half takes cot, the better for
-    # all, and is right once in two: (0 + 0.5 + 1 + 1) / 4 against (0.25 + 1) / 2.
-    (("0010", "1010", "0000"), ("1111", "0000", "0000"), 0.625 - 0.625),
+    # One half chooses cot, by luck, and is wrong in the other. That half, in which none is right,
+    # takes l2m, the better for all, and is right once in two: (0 + 0.5 + 1 + 1) / 4.
+    (("1010", "0010", "0000"), ("0000", "1111", "0000"), 0.625 - (0.25 + 1) / 2),
     # Each half chooses what is wrong in the other one.
     (("0101", "1010", "0000"), ("1111", "0000", "0000"), 0.5 - 0.75)])
 def test_room_by_hand(ann, bob, room):
