@@ -254,6 +254,7 @@ def write_report(folder: Path) -> str:
 
 def table_of_models(metrics: list[dict]) -> str:
     rows = []
+    measures_room = any(line.get("room") is not None for line in metrics)  # with K of 4 or more
     for name in dict.fromkeys(map(name_of, metrics)):
         lines = [line for line in metrics if name_of(line) == name]
         test = find(lines, set="test")
@@ -268,8 +269,9 @@ def table_of_models(metrics: list[dict]) -> str:
         row["alpha"] = format_mean([line["alpha"] for line in test], ".2f")
         row["KL"] = format_mean([line["KL"] for line in test], ".2g")
         row["KL free"] = format_mean([line["KL_free"] for line in test], ".2g")
-        rooms = [line.get("room") for line in test]  # an older run has none
-        row["room"] = "-" if None in rooms else format_mean([100 * room for room in rooms], ".1f")
+        if measures_room:
+            rooms = [line["room"] and 100 * line["room"] for line in test]  # None: round 0
+            row["room"] = format_mean(rooms, ".1f")
         row["steps"] = format_mean([line["steps"] for line in test], ".0f")
         row["seconds"] = format_mean([line["seconds"] for line in test], ".0f")
         rows.append(row)

@@ -240,6 +240,14 @@ def test_table_gives_mean_and_spread_over_seeds(folder):
     assert table in (folder / "report.md").read_text()
 
 
+def test_room_has_a_column_where_it_was_measured(folder):
+    """In points. Round 0 has none."""
+    assert "room" not in cells_of(write_report(folder))[0]
+    write_lines(folder / "metrics.jsonl",
+                model("combined", ROUND_0) + model("all", ROUND_1, room=-0.0125))
+    assert [cells["room"] for cells in cells_of(write_report(folder))] == ["-", "-1.2"]
+
+
 def test_metrics_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path):
     """Two runs share "combined"; a resumed run brings its finished models once more."""
     path = tmp_path / "metrics.jsonl"
