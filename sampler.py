@@ -279,7 +279,8 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
     prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
     max_new_tokens  ids per text, the stop id included: a text of so many ids was cut off
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
-    is_over         function(ids of a text) -> does it end here? The stop ids end it anyway
+    is_over         function(prompt's index, ids of a text) -> does it end here? The stop ids end it
+                    anyway
     progress        name of a progress bar
 
     A text depends on the seed, its prompt and its index among the n alone, but for rounding:
@@ -323,7 +324,7 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
             if token not in stop_ids:
                 text.append(token)
             over = token in stop_ids or len(text) == max_new_tokens
-            if over or is_over is not None and is_over(text):
+            if over or is_over is not None and is_over(i, text):
                 del running[row]
                 batch.free(row)
                 bar.update()

@@ -40,7 +40,7 @@ from sampler import Student, generate, stream  # noqa: E402
 
 START = b'{"id": '    # of every line that is written
 NEXT = "\nQuestion:"  # a teacher that goes on with a question of its own is cut there
-LAST_IDS = 12       # of a text: NEXT is in them if it has just been written
+CLOSING = r"\s*(?:\\\]|\$\$|```|~~~)"  # of a display or a fence with the final answer in it
 TRIAL_STEPS = 4
 MOST_SKIPPED = 20   # requests without one text: then all are refused for the same reason
 FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason: a whole text
@@ -62,9 +62,25 @@ def ask_for(question) -> str:
     return f"Question: {question.text}\nAnswer:"
 
 
-def has_next(text: str) -> bool:
-    """Does the text go on to a question of its own? Then it is whole up to there."""
-    return NEXT in THOUGHTS.sub("", text, count=1)
+def end_of_answer(strategy: str, text: str) -> int | None:
+    """The place behind the first line that gives a final answer."""
+    if strategy == "pot":
+        return None  # a program's answer is its last value
+    for marker in MARKER.finditer(text):
+        number, end = number_behind(text, marker)
+        if number is not None:
+            closing = re.match(CLOSING, text[end:])
+            return end + closing.end() if closing else end
+    return None
+
+
+def is_over(strategy: str, text: str) -> bool:
+    """Does the text go on behind its final answer, or to a question of its own? Then it was whole
+    before."""
+    text = THOUGHTS.sub("", text, count=1)
+    end = end_of_answer(strategy, text)
+    behind = "" if end is None else text[end:].strip()
+    return NEXT in text or len(behind) > 3  # not just the beginning of what closes a display
 
 
 def clean(strategy: str, text: str) -> str:
@@ -81,12 +97,7 @@ def clean(strategy: str, text: str) -> str:
             if run_program(program) is not None:
                 return program.strip()
         return (programs[-1] if programs else dedent(text)).strip()
-    for marker in MARKER.finditer(text):
-        number, end = number_behind(text, marker)
-        if number is not None:
-            closing = re.match(r"\s*(?:\\\]|\$\$|```|~~~)", text[end:])
-            return text[:end + closing.end() if closing else end].strip()
-    return text.strip()
+    return text[:end_of_answer(strategy, text)].strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,7 +184,7 @@ def read_answer(content: bytes, strategy: str):
                       f"answers needs a larger --max-new-tokens: {beginning(content)}")
     # Half of a surrogate pair cannot be written as UTF-8.
     cleaned = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", cleaned)
-    return cleaned, reason in FINISHED or has_next(text), used
+    return cleaned, reason in FINISHED or is_over(strategy, text), used
 
 
 def beginning(content: bytes) -> str:
@@ -252,10 +263,6 @@ class Teacher(Student):
     def prompt(self, question, strategy=None):
         return self.stem(strategy), self.encode(ask_for(question))
 
-    def is_over(self, ids):
-        """Has a text gone on to the next question?"""
-        return has_next(self.tokenizer.decode(ids[-LAST_IDS:]))
-
 
 def ask_checkpoint(args, jobs, seed: int):
     """The same from a local model, --rows texts at a time. A stop loses only those."""
@@ -273,17 +280,19 @@ def ask_checkpoint(args, jobs, seed: int):
     for k, group in groupby(jobs, key=lambda job: job[2]):  # equal prompts would get equal texts
         group = list(group)
         prompts = [teacher.prompt(question, strategy) for question, strategy, _ in group]
+
+        def goes_on(i, ids):
+            return is_over(group[i][1], teacher.tokenizer.decode(ids))
+
         texts = stream(teacher.model, prompts, max_new_tokens=args.max_new_tokens,
                        temperature=args.temperature, stop_ids=teacher.stop_ids, seed=seed + k,
-                       batch_size=args.rows, n_ids=teacher.n_ids, is_over=teacher.is_over)
+                       batch_size=args.rows, n_ids=teacher.n_ids, is_over=goes_on)
         for i, _, ids in texts:
             question, strategy, _ = group[i]
             text = teacher.tokenizer.decode(ids)
             cleaned = clean(strategy, text)
             if cleaned:
-                # What went on behind its final answer was whole there.
-                went_on = strategy != "pot" and not text.rstrip().endswith(cleaned)
-                finished = len(ids) < args.max_new_tokens or has_next(text) or went_on
+                finished = len(ids) < args.max_new_tokens or is_over(strategy, text)
                 yield question, strategy, cleaned, finished, len(ids)
             else:
                 n_empty += 1

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
 import data.teacher  # noqa: E402
-from data.teacher import (Teacher, ask_checkpoint, ask_for, clean, examples,  # noqa: E402
+from data.teacher import (Teacher, ask_checkpoint, ask_for, clean, examples, is_over,  # noqa: E402
                           leave_out_long, parse_args)
 from data.files import Question  # noqa: E402
 from sampler import Student  # noqa: E402
@@ -380,6 +380,24 @@ def test_texts_that_the_limit_cut_off_are_marked(questions, tmp_path):
         assert line.get("finished", True) is (line["text"] == "Final answer: 3")
 
 
+@pytest.mark.parametrize("strategy, text, written", [
+    ("cot", "The Question: how many? 18. Final answer: 18 eggs.\n\nSo it is 18, and then", 1),
+    ("l2m", "How many? 18. **Final answer:**\n\\[ 18 \\]\nThis is the answer.", 1),
+    ("cot", "<think>Final answer: 3\nNo.</think>9 + 9 = 18\nFinal answer: 18\nOr is it 19?", 1),
+    ("pot", "answer = 18\n\nQuestion: How many", 1),
+    ("pot", "# Final answer: 18\nanswer = 9 + 9", 0),
+    ("cot", "Final answer: that of 9 + 9\nFinal answer: 18", 0),
+])
+def test_a_text_is_over_behind_its_final_answer(strategy, text, written):
+    """Read a character at a time, it ends there once, and what is kept is what the whole would be
+    cut to."""
+    ends = [end for end in range(len(text) + 1) if is_over(strategy, text[:end])]
+    assert bool(ends) is bool(written)
+    if ends:
+        assert ends == list(range(ends[0], len(text) + 1))
+        assert clean(strategy, text[:ends[0]]) == clean(strategy, text) != ""
+
+
 def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     """The embedded student will do, told that it has more positions: the eight examples are long
     for its tokenizer. A second start brings new texts, not those of the first again."""
@@ -410,7 +428,12 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
 def test_a_text_of_a_checkpoint_that_goes_on_behind_its_answer_is_whole(monkeypatch, text, finished):
     """It met the limit, but is cut where it was whole before. A number at the limit may be half."""
     ids = Teacher(ROOT / "data/student", 40).encode(text)
-    monkeypatch.setattr(data.teacher, "stream", lambda *_, **__: [(0, 0, ids)])
+
+    def stream(*_, is_over, **__):
+        assert is_over(0, ids) is finished
+        yield 0, 0, ids
+
+    monkeypatch.setattr(data.teacher, "stream", stream)
     monkeypatch.setattr(data.teacher, "leave_out_long", lambda teacher, jobs: jobs)
     monkeypatch.setattr(data.teacher, "announce", lambda *_: None)
     args = parse_args(["--questions", "q", "--model", str(ROOT / "data/student"),
@@ -443,14 +466,10 @@ def test_any_control_token_ends_the_text_of_a_checkpoint(tmp_path):
     assert tokenizer.token_to_id("<picture>") not in teacher.stop_ids
 
 
-def test_a_checkpoint_stops_at_the_next_question_and_feeds_the_examples_once():
+def test_a_checkpoint_feeds_the_examples_once():
     """The worked examples are the stem of every prompt of a strategy. The weights are there once."""
     teacher = Teacher(ROOT / "data/student", 40, 8, torch.bfloat16, "cpu", torch.bfloat16)
     prompts = [teacher.prompt(Question(str(i), f"How many, {i}?", 1), "pot") for i in range(2)]
     assert prompts[0][0] == prompts[1][0] and prompts[0][1] != prompts[1][1]
     assert teacher.tokenizer.decode(prompts[0][0]).count("Question:") == 8
     assert teacher.model.cast(teacher.dtype) is teacher.model
-    ids = teacher.encode("answer = 18\n\nQuestion: How many")
-    ends = [i for i in range(len(ids) + 1) if teacher.is_over(ids[:i])]
-    assert teacher.tokenizer.decode(ids[:ends[0]]).endswith("\nQuestion:")
-    assert not teacher.is_over(teacher.encode("The Question: how many?"))
