@@ -245,6 +245,42 @@ class Linear(nn.Linear):
         return y + F.linear(low, self.lora_B)
 
 
+def attend(q, k, v, mask, scale):
+    """softmax(scale * q k^T) v, over the keys that the mask shows: queries (B, H, T, D), keys and
+    values (B, H_kv, T, D) -> (B, H, T, D).
+
+    In training on a CPU in bfloat16: torch's fused kernel is slow there in the backward pass.
+    """
+    B, H, T, D = q.shape
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool).tril()
+    # The H / H_kv query heads that share a key head are laid out along T, as if that head had as
+    # many queries.
+    q = q.reshape(B, k.shape[1], -1, D)                     # (B, H_kv, H / H_kv * T, D)
+    scores = scale * q @ k.transpose(2, 3)                  # (B, H_kv, H / H_kv * T, T)
+    scores = scores.view(B, H, T, T)
+    scores = scores.masked_fill(~mask, -math.inf)
+    shares = scores.softmax(dim=-1).to(v.dtype)             # of each key in the result
+    y = shares.view(B, k.shape[1], -1, T) @ v               # (B, H_kv, H / H_kv * T, D)
+    return y.view(B, H, T, D)
+
+
+def attend_fused(q, k, v, mask, scale):
+    """The same in one kernel, and for T queries behind others: keys and values (B, H_kv, S, D)."""
+    B, H, T, D = q.shape
+    if T == 1:
+        # Laid out as above: several times as fast. All are at one position: no causal mask.
+        q = q.view(B, k.shape[1], -1, D)                    # (B, H_kv, H / H_kv, D)
+    y = F.scaled_dot_product_attention(
+        q, k, v,
+        attn_mask=mask,
+        is_causal=mask is None and T > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] > k.shape[1],
+    )
+    return y.reshape(B, H, T, D)
+
+
 class Attention(nn.Module):
     """Causal self-attention. H / H_kv neighbouring query heads share a key and a value head
     (arXiv 2305.13245)."""
@@ -278,18 +314,10 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)           # (B, H_kv, S, D): the cached ones too
-        if T == 1:
-            # The H / H_kv query heads that share a key head are laid out along T, as if that head
-            # had as many queries: several times as fast. All are at one position: no causal mask.
-            q = q.view(B, k.shape[1], -1, self.head_dim)    # (B, H_kv, H / H_kv, D)
-        y = F.scaled_dot_product_attention(
-            q, k, v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            scale=self.scale,
-            enable_gqa=q.shape[1] > k.shape[1],
-        )
-        y = y.reshape(B, -1, T, self.head_dim)              # (B, H, T, D)
+        if torch.is_grad_enabled() and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            y = attend(q, k, v, mask, self.scale)           # (B, H, T, D)
+        else:
+            y = attend_fused(q, k, v, mask, self.scale)     # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)             # (B, T, H * D)
         return self.o_proj(y)                               # (B, T, C)
 
@@ -408,6 +436,8 @@ class Decoder(nn.Module):
             S = cache.keys_seen(T)
             positions = cache.lengths[:, None] + positions       # (B, T)
         x = self.model.embed_tokens(tokens)                      # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):  # or all layers would add in float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if config.family.scale_embedding:
             scale = math.sqrt(config.hidden_size)
             x = x * torch.tensor(scale, dtype=x.dtype)           # rounded, as in the reference

@@ -159,25 +159,34 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
     Returns that loss.
 
     The logits of a large vocabulary V would need more memory than all the rest. So the output layer
-    sees the trained positions only, a piece of them at a time, and each piece's logits are freed by
-    its own backward pass.
+    sees the trained positions only, a piece of them at a time, and its backward pass is written
+    out: the loss falls with the logit of token v by 1 - p(v) at the target, and rises by p(v)
+    elsewhere. Then autograd goes back through the layers, once.
     """
     trained = targets != IGNORE                                             # (B, T)
     wanted = targets[trained]                                               # (N,)
-    total = torch.zeros((), device=tokens.device)
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         states = model.hidden(tokens)[trained]                              # (N, C)
-        # Cut here: or each piece's backward pass would go through the whole model. The last line
-        # does so once, with the gradients that the pieces have added up in leaf.grad.
-        leaf = states.detach().requires_grad_()
+    loss = torch.zeros((), device=tokens.device)
+    slopes = []  # of the loss by the states
+    with torch.no_grad():
+        parameter = model.output_weight()                                   # (V, C)
+        weight = parameter.to(states.dtype)
         size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-        for piece, ids in zip(leaf.split(size), wanted.split(size)):
-            logits = model.output(piece).float()                            # (size or less, V)
-            loss = scale * F.cross_entropy(logits, ids, reduction="sum")
-            loss.backward()
-            total += loss.detach()
-    states.backward(leaf.grad)
-    return total
+        for piece, ids in zip(states.split(size), wanted.split(size)):
+            target = ids[:, None]
+            log_p = (piece @ weight.T).float().log_softmax(dim=-1)          # (size or less, V)
+            loss -= scale * log_p.gather(1, target).sum()
+            slope = scale * log_p.exp_()                                    # of the loss by logits
+            slope.scatter_add_(1, target, slope.new_full(target.shape, -scale))
+            slope = slope.to(piece.dtype)
+            slopes.append(slope @ weight)
+            if parameter.requires_grad and piece.dtype == parameter.dtype:
+                parameter.grad.addmm_(slope.T, piece)  # without a second (V, C) in memory
+            elif parameter.requires_grad:
+                parameter.grad += slope.T @ piece
+    states.backward(torch.cat(slopes))
+    return loss
 
 
 def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):

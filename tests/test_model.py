@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import FAMILIES as TABLE
-from model import Config, Decoder, rope_cos_sin, rope_frequencies, visible_keys  # noqa: E402
+from model import (Config, Decoder, attend, attend_fused, rope_cos_sin,  # noqa: E402
+                   rope_frequencies, visible_keys)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "gemma", "gemma_untied", "gemma3_text"]  # llama3: in three shards
@@ -761,3 +762,21 @@ def test_loading_needs_the_memory_of_one_copy(tmp_path):
     ran = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parent.parent,
                          capture_output=True, text=True, check=True)
     assert 60 < float(ran.stdout) < 64 * 1.5
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("H_kv", [1, 2, 6])
+def test_attention_written_out_is_the_fused_one(H_kv, window):
+    """Its values and its gradients, for heads that share keys and for sliding layers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = [torch.randn(2, heads, 7, 4, generator=generator) for heads in (6, H_kv, H_kv)]
+    mask = None if window is None else visible_keys(torch.arange(7)[None], 7, window)
+    results = []
+    for function in (attend, attend_fused):
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        y = function(*leaves, mask, 0.3)
+        y.square().sum().backward()
+        results.append([y, *[leaf.grad for leaf in leaves]])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
