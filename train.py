@@ -75,7 +75,10 @@ SETTINGS = {
 PRESETS = {
     "paper": {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "lr": 2e-4,
               "lora": 16, "seed": 42, "warmup": 5, "max_length": 1024},
+    "svamp": {"samples": 4, "max_new_tokens": 256, "batch_size": 8, "accumulation": 2, "lr": 3e-4,
+              "dtype": "bfloat16", "rows": 192, "keep": 4},
 }
+COMPARED = ("adaptive", "all", "self", "teacher", *STRATEGIES)  # see list_runs
 
 
 def parse_args(argv=None):
@@ -89,8 +92,9 @@ def parse_args(argv=None):
     add("--device", default=device, help=f"cpu or cuda [{device}]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="computes in [float32]")
     add("--mix", choices=MIXES, default="adaptive", help="step 4: what is trained on [adaptive]")
-    add("--compare", action="store_true", help="also run other mixes and the controls")
-    add("--preset", choices=PRESETS, help=f"other defaults: paper = {PRESETS['paper']}")
+    add("--compare", nargs="*", choices=COMPARED, metavar="RUN",
+        help=f"also run these other mixes and controls, of {', '.join(COMPARED)} [all of them]")
+    add("--preset", choices=PRESETS, help=f"other defaults: {PRESETS}")
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**(SETTINGS | PRESETS.get(preset, {})))
     args = parser.parse_args(argv)
@@ -314,16 +318,17 @@ def join_processes(args):
 def list_runs(args):
     """The runs of this command: name -> (its mix, the strategies of the teacher that it sees).
 
-    --compare adds other mixes and the controls: "teacher", plus one for each strategy. A control
+    --compare adds other mixes and the controls: "teacher", and one for each strategy. A control
     sees the teacher's rationales alone, in the same rounds with as many optimizer steps as the run
     of --mix, which is the first run: only the data differs.
     """
     runs = {args.mix: (args.mix, STRATEGIES)}
-    if args.compare:
-        for mode in ("adaptive", "all", "self", "teacher"):
-            runs[mode] = (mode, STRATEGIES)
-        for strategy in STRATEGIES:
-            runs[strategy] = ("teacher", (strategy,))
+    if args.compare is None:
+        return runs
+    for name in args.compare or COMPARED:
+        runs[name] = (name, STRATEGIES)
+        if name in STRATEGIES:
+            runs[name] = ("teacher", (name,))
     return runs
 
 

@@ -781,6 +781,15 @@ def test_runs_of_a_command():
                 assert (its_mode, strategies) == (name, STRATEGIES)
 
 
+def test_some_runs_to_compare_with(capsys):
+    args = parse_args(["--compare", "pot", "teacher", "--seeds", "2"])
+    assert list_runs(args) == {"adaptive": ("adaptive", STRATEGIES), "pot": ("teacher", ("pot",)),
+                               "teacher": ("teacher", STRATEGIES)}
+    with pytest.raises(SystemExit):
+        parse_args(["--compare", "pit"])
+    assert "'pit'" in capsys.readouterr().err
+
+
 def test_folders_of_a_run():
     """A round has a folder. All that is distilled from the whole teacher begins in the same one."""
     args = parse_args(["--iters", "2", "--out", "out"])
