@@ -1,7 +1,7 @@
 """Speed and memory of sampling, SFT and the answer check, beside the libraries that one would use instead:
 
     python tests/bench.py                               # embedded student; a distilled one is made first, in out-bench/
-    python tests/bench.py --model GEMMA_FOLDER --data GSM8K_FOLDER      # also a real checkpoint, on real questions
+    python tests/bench.py --model FOLDER --data data/svamp              # also a real checkpoint, on real questions
     python tests/bench.py sample sft                    # only these parts; the others: limits, growth, students
     python tests/bench.py students                      # the paper's students on a GPU: memory and speed by the paper's preset
 

@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import prepare  # noqa: E402
-from derive_gsm8k import derive_program  # noqa: E402
 from data.files import read_questions  # noqa: E402
 
 GSM8K = ('{"question": "How many?\\nTell.", "answer": "1000 + 234 = <<1000+234=1234>>1,234\\n#### 1,234"}\n'
@@ -162,9 +161,3 @@ def test_real_gsm8k(name, count, tmp_path):
     for question, record in zip(made, raw):
         assert question.answer == int(record["answer"].split("####")[1].replace(",", ""))
         assert question.text.split() == record["question"].split()
-
-
-def test_a_program_is_derived_from_calculator_marks():
-    solution = "It is 16 - 3 - 4 = <<16-3-4=9>>9.\nShe gets 9 * 2.5 = $<<9*2.5=22.5>>22.5.\nIn all 9+22.5+19 = <<9+22.5+19=50.5>>50.5."
-    assert derive_program(solution) == "step_1 = 16-3-4\nstep_2 = step_1*2.5\nanswer = step_1+step_2+19"
-    assert derive_program("20% of $1,000 = <<20%*$1,000=200>>200") == "answer = (20/100)*1000"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import Question, Rationale, write_lines
+from data.files import Question, Rationale, write_lines, write_text
 from data.report import (count_programs, draw_accuracy, draw_shares, find_rounds, format_table,
                          print_round, update_metrics, write_report)
 from siked import Round, measure
@@ -57,6 +57,10 @@ def model(run, result, seed=0, **changed):
     return [line | changed for line in lines]
 
 
+def write_answers(out, name, result):
+    write_text(out / name / "answers-test.json", json.dumps(result.results["test"]))
+
+
 @pytest.fixture
 def folder(tmp_path):
     out = tmp_path / "out"
@@ -67,7 +71,7 @@ def folder(tmp_path):
     (out / "args.json").write_text(json.dumps(settings))
     for name, result in (("combined", ROUND_0), ("all-1", ROUND_1)):
         write_lines(out / "seed-0" / name / "mix.jsonl", result.training_mix)
-        (out / "seed-0" / name / "answers-test.json").write_text(json.dumps(result.results["test"]))
+        write_answers(out, f"seed-0/{name}", result)
     others = [Rationale(f"q{i}", "cot", "no idea", "student") for i in range(1, 6)]
     write_lines(out / "seed-0/all-1/self-0.jsonl", SELF)
     write_lines(out / "seed-0/all-1/self-2.jsonl", others[:3])
@@ -190,14 +194,35 @@ def test_picture_has_the_control_unless_it_is_the_run_itself(folder, monkeypatch
 
     monkeypatch.setattr("data.report.draw_accuracy", draw_label)
     update_metrics(folder / "metrics.jsonl", model("teacher", ROUND_1))
+    write_answers(folder, "seed-0/teacher-1", ROUND_1)
     write_report(folder)
     assert labels == ["all", "teacher's texts alone, as many steps"]
     settings = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(settings | {"mix": "teacher"}))
-    (folder / "seed-0/all-1").rename(folder / "seed-0/teacher-1")
+    write_lines(folder / "seed-0/teacher-1/mix.jsonl", ROUND_1.training_mix)
     write_report(folder)
     assert labels[2:] == ["teacher"]
     assert "From combined to teacher 1, 3 of 4" in (folder / "report.md").read_text()
+
+
+def test_differences_by_hand(folder):
+    """Over two seeds: "all 1" is ahead of "combined" on one question of both, and behind on one; of
+    "teacher 1" it is ahead on the two questions that it gets right in the first seed only."""
+    nothing = [record(f"t{i}", "cot", False, ()) for i in range(4)]
+    failed = Round(1, SELF, [OWN], TEACHER, {"held-out": HELD_OUT, "test": nothing})
+    for run, seed, result in (("combined", 1, ROUND_0), ("all", 1, ROUND_1),
+                              ("teacher", 0, failed), ("teacher", 1, ROUND_1)):
+        name = run if result is ROUND_0 else f"{run}-1"
+        update_metrics(folder / "metrics.jsonl", model(run, result, seed))
+        write_answers(folder, f"seed-{seed}/{name}", result)
+    write_report(folder)
+    section = (folder / "report.md").read_text().partition("## all 1 beside the others\n")[2]
+    table = "\n".join(line for line in section.split("\n## ")[0].splitlines() if line[:1] == "|")
+    first, second = cells_of(table)
+    assert first["ahead of"] == "combined" and second["ahead of"] == "teacher 1"
+    assert first["test"] == "+0.0 (-75.0 to +75.0)"
+    assert second["test"] == "+25.0 (+0.0 to +50.0)"
+    assert [row["mean of the sets"] for row in (first, second)] == [first["test"], second["test"]]
 
 
 def test_command(folder, tmp_path):
