@@ -137,8 +137,8 @@ class Config:
                     raise ValueError(f"{name} = {fields[name]!r} is not implemented")
             names = [f.name for f in dataclasses.fields(cls)]
             known = {name: fields[name] for name in names if name in fields}
-            if model_type.startswith("gemma"):  # its name in Gemma
-                known["hidden_act"] = fields.get("hidden_activation")
+            if model_type.startswith("gemma"):
+                known["hidden_act"] = fields.get("hidden_activation")  # its name there
             return cls(**known | read_rope(fields), extra=fields)
         except (ValueError, TypeError, AttributeError) as error:  # a field is missing, say
             raise ValueError(f"{path}: {error}") from error
@@ -175,7 +175,7 @@ def read_rope(fields):
 
 
 def rope_frequencies(base, D, scaling, device=None):
-    """Radians per position that each pair of a head turns by, (D/2,).
+    """Radians per position by which each pair of a head's numbers turns, (D/2,): see `rotate`.
 
     scaling: in Llama 3.1 and later (arXiv 2407.21783) a pair that makes fewer than low_freq_factor
     turns within original_max_position_embeddings positions turns `factor` times slower. One that
@@ -249,7 +249,7 @@ def attend(q, k, v, mask, scale):
     """softmax(scale * q k^T) v, over the keys that the mask shows: queries (B, H, T, D), keys and
     values (B, H_kv, T, D) -> (B, H, T, D).
 
-    In training on a CPU in bfloat16: torch's fused kernel is slow there in the backward pass.
+    Used only to train on a CPU in bfloat16: there the fused kernel is slow in its backward pass.
     """
     B, H, T, D = q.shape
     if mask is None:
@@ -266,7 +266,8 @@ def attend(q, k, v, mask, scale):
 
 
 def attend_fused(q, k, v, mask, scale):
-    """The same in one kernel, and for T queries behind others: keys and values (B, H_kv, S, D)."""
+    """The same in one kernel, also for T tokens behind cached ones: keys and values are then
+    (B, H_kv, S, D), S > T."""
     B, H, T, D = q.shape
     if T == 1:
         # Laid out as above: several times as fast. All are at one position: no causal mask.
@@ -436,7 +437,7 @@ class Decoder(nn.Module):
             S = cache.keys_seen(T)
             positions = cache.lengths[:, None] + positions       # (B, T)
         x = self.model.embed_tokens(tokens)                      # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):  # or all layers would add in float32
+        if torch.is_autocast_enabled(x.device.type):  # else all layers would add in float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if config.family.scale_embedding:
             scale = math.sqrt(config.hidden_size)

@@ -100,8 +100,8 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
 
     Temperature 0 is greedy. top_p (arXiv 1904.09751) keeps the nucleus: the fewest ids with a total
     probability of at least top_p. The nucleus is mostly small, and to sort all V takes long. So a
-    CPU looks at the M = `looked_at` likeliest first. A GPU sorts all: a check would make the host
-    wait.
+    CPU looks at the M = `looked_at` likeliest first. A GPU sorts all: to check whether M were
+    enough would make the host wait.
     """
     if temperature < 1e-6:
         return logits.max(-1).indices  # argmax is three times slower in bfloat16 on a CPU
@@ -114,7 +114,7 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()                # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
-    ids, order = ids.sort()  # by id: so a row's number draws the same id for every M
+    ids, order = ids.sort()  # or equally likely ids would stand in another order for another M
     weights = probabilities.where(inside, 0).gather(1, order)                       # (B, M)
     places = draw_places(weights, uniforms)                                         # (B,)
     tokens = ids.gather(1, places[:, None])[:, 0]                                   # (B,)
@@ -161,7 +161,7 @@ def feed(model, cache, texts):
 
 
 def feed_stems(model, stems):
-    """A cache with a row for each stem. That of a prompt of one id is empty."""
+    """A cache with a row for each stem. The stem of a prompt of one id is empty."""
     longest = max(map(len, stems))
     cache = KVCache(model.config, len(stems), longest, model.output_weight())
     if longest:
@@ -202,7 +202,7 @@ class Batch:
 
     def put(self, rows, prompts, uniforms):
         """Begins prompts (stem, tail) in these rows, with the numbers (N, max_new_tokens) to draw
-        by. Equal stems are fed once, and not again if all were among those of the last prompts."""
+        by. Each distinct stem is fed once; none is if those that were fed last include them all."""
         stems = [stem for stem, _ in prompts]
         if not set(stems) <= set(self.stems):
             self.stems = list(dict.fromkeys(stems))
@@ -218,9 +218,9 @@ class Batch:
 
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0: so they do not make S larger for all.
-        They do not reach the cache's end. Every refill sets them back to place 0, and between two
-        refills no row begins: within max_new_tokens steps all are free, and there is a refill, a
-        shrink or the end."""
+        They cannot reach the cache's end: they take at most max_new_tokens steps until they are set
+        back to place 0 or dropped. For between two refills no row begins, so by then all rows are
+        free, and there is a refill, a shrink or the end."""
         self.cache.set_lengths(rows, 0)
         self.n_drawn[rows] = 0
 
@@ -277,14 +277,15 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
     """The same, a text at a time: yields (prompt's index, sample, ids) as they come to an end.
 
     prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
-    max_new_tokens  ids per text, the stop id included: a text of so many ids was cut off
+    max_new_tokens  ids per text, the stop id included. So a text of so many ids, which come without
+                    the stop id, was cut off
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
     is_over         function(prompt's index, ids of a text) -> does it end here? The stop ids end it
                     anyway
     progress        name of a progress bar
 
-    A text depends on the seed, its prompt and its index among the n alone, but for rounding:
-    another batch may change the last bits of the logits. ValueError names an unusable argument.
+    A text depends only on the seed, its prompt and its index among the n. But another batch may
+    change the last bits of the logits. ValueError names an unusable argument.
     """
     prompts = [split_prompt(prompt) for prompt in prompts]
     check_arguments(model, prompts, n, max_new_tokens, temperature, top_p, stop_ids, batch_size)
@@ -335,7 +336,7 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
 def line_up(prompts, n):
     """All (prompt, sample). They are taken from the end, so the longest prompts stand there: these
     tend to get long texts, and the batch should not end on one. Equal stems are neighbours, and so
-    are tails of a length, which are fed without padding."""
+    are tails of equal length, which are fed without padding."""
     def key(i):
         stem, tail = prompts[i]
         return len(stem), stem, len(tail), tail
@@ -407,8 +408,8 @@ class Student:
             raise ValueError(f"{path} cannot be read: {error}") from None
         self.tokenizer.no_truncation()  # some files hold the settings of another training
         self.tokenizer.no_padding()
-        # "<end>" in a question or rationale is encoded like other characters. Only in the template
-        # it is the end token.
+        # "<end>" in a question or rationale is encoded like other characters: that is what True
+        # means. Only in the template it is the end token.
         self.tokenizer.encode_special_tokens = True
         self.specials = {}  # text -> id
         for id, token in self.tokenizer.get_added_tokens_decoder().items():

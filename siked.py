@@ -33,6 +33,7 @@ from data.files import Data, Rationale, saved, saved_rationales
 
 # A Question has id, text, answer and kind. A Rationale has id (its question's), strategy, text,
 # source ("teacher" or "student") and finished (False: cut off). Data has questions, teacher, sets.
+# saved(file, function, ...) is what the file holds; if there is none, function(...) fills it first.
 
 MIXES = ("adaptive", "adaptive-per-strategy", "all", "self", "teacher")
 SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # of own texts
@@ -45,7 +46,7 @@ class Round:
     number: int
     generated: list[Rationale]      # what the student wrote
     own: list[Rationale]            # the part of it that was kept
-    training_mix: list[Rationale]   # what it then trained on, but for too long texts
+    training_mix: list[Rationale]   # what it then trained on, except too long texts
     results: dict[str, list[dict]]  # evaluation set -> what `evaluate` returns
 
 
@@ -123,7 +124,8 @@ def self_generate(student, questions, samples: int, seed: int, folder) -> list[R
 
 
 def force_strategies(student, questions, samples: int, seed: int) -> list[Rationale]:
-    """Asks for every question in every strategy: the prompt ends in its tag, "[cot]:" say."""
+    """Asks the student every question in every strategy: the prompt ends in the strategy's tag,
+    "[cot]:" say."""
     asked = [(question, strategy) for question in questions for strategy in STRATEGIES]
     answers = student.answer(asked, samples, seed=seed, progress="self-generate", **SAMPLING)
     rationales = []
@@ -187,7 +189,8 @@ def evaluate_sets(student, sets, folder) -> dict[str, list[dict]]:
 
 def evaluate(student, questions, name="") -> list[dict]:
     """Greedy answers to each question: a free one, where the student chooses the strategy, and one
-    in each strategy, forced. An answer that is cut off counts by what it says. One record each:
+    in each strategy, forced. An answer that is cut off counts by what it says. A record for each
+    question:
 
     id, kind   of the question
     strategy   that the student chose (None: it named no known one)
@@ -250,10 +253,10 @@ def summarise(records) -> dict:
 
 # --------------------------------------------------------------------------------------------------
 # measures of the paper's Figure 2. With `adaptive` the teacher's share of the mix, alpha, falls
-# from round to round: the student solves more questions, and fewer need the teacher. Two students
-# are compared with a round's mix: the one before the training by what it CAN do (P_student: its
-# forced texts that were kept; most of the mix is these, so KL is small), and the one after it by
-# what it CHOOSES (P_free). If it learns to choose as the mix does, KL_free falls
+# from round to round: the student solves more questions, and fewer need the teacher. The student is
+# compared with a round's mix twice. KL is from before the training, by what it CAN do: the mix
+# against its kept forced texts. It is small, since most of the mix is these texts. KL_free is from
+# after the training, by what it CHOOSES. It falls if the student learns to choose as the mix does
 
 
 def measure(result: Round, questions, labels: dict) -> list[dict]:
@@ -268,7 +271,7 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
                it chooses
     KL         KL(P_mix || P_student)
     KL_free    KL(P_mix || P_free)
-    room       what choosing could bring, see `room_to_choose`: of the student that wrote the texts
+    room       what choosing could bring to the student before this training: `room_to_choose`
     """
     mixed = shares(rationale.strategy for rationale in result.training_mix)
     own = None
@@ -299,11 +302,11 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
 def room_to_choose(generated, questions) -> float | None:
     """How much more a choice per question gets right than the best single strategy for all.
 
-    For each question one half of its texts chooses the strategy, the one that is right most often
-    there. The other half says how often that one is right. Then the halves change places. So a
-    lucky hit is no gain unless the other half repeats it; `any` counts every lucky hit. With few
-    texts the choice is poor: then the figure is too low, even below 0. None if a question has fewer
-    than four texts in a strategy (K < 4).
+    For each question, half of its texts in each strategy choose: the strategy that is right most
+    often in this half. The other half says how often that strategy is right. Then the halves change
+    places. So a lucky hit is no gain unless the other half repeats it; `any` counts every lucky
+    hit. With few texts the choice is poor: then the figure is too low, even below 0. None if a
+    question has fewer than four texts in a strategy (K < 4).
     """
     by_id = {question.id: question for question in questions}
     verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?
@@ -316,13 +319,14 @@ def room_to_choose(generated, questions) -> float | None:
     accuracy = {}
     for strategy in STRATEGIES:
         accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in by_id)
+    ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)  # max takes the first of equal ones
     scores = []
     for id in by_id:
         for half in (0, 1):  # every other text
             rates = {}
-            for strategy in STRATEGIES:  # of equal ones, the one that is better for all questions
-                rates[strategy] = mean(verdicts[id, strategy][half::2]), accuracy[strategy]
-            chosen = max(STRATEGIES, key=rates.get)
+            for strategy in STRATEGIES:
+                rates[strategy] = mean(verdicts[id, strategy][half::2])
+            chosen = max(ranked, key=rates.get)
             scores.append(mean(verdicts[id, chosen][1 - half::2]))
     return mean(scores) - max(accuracy.values())
 

@@ -164,15 +164,15 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
 
     The logits of a large vocabulary V would need more memory than all the rest. So the output layer
     sees the trained positions only, a piece of them at a time, and its backward pass is written
-    out: the loss falls with the logit of token v by 1 - p(v) at the target, and rises by p(v)
-    elsewhere. Then autograd goes back through the layers, once.
+    out: the derivative of -log p(target) by the logit of token v is p(v), less 1 if v is the
+    target. Then autograd goes back through the layers, once.
     """
     trained = targets != IGNORE                                             # (B, T)
     wanted = targets[trained]                                               # (N,)
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         states = model.hidden(tokens)[trained]                              # (N, C)
     loss = torch.zeros((), device=tokens.device)
-    slopes = []  # of the loss by the states
+    slopes = []  # d loss / d states, a piece of them each
     with torch.no_grad():
         parameter = model.output_weight()                                   # (V, C)
         weight = parameter.to(states.dtype)
@@ -181,7 +181,7 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
             target = ids[:, None]
             log_p = (piece @ weight.T).float().log_softmax(dim=-1)          # (size or less, V)
             loss -= scale * log_p.gather(1, target).sum()
-            slope = scale * log_p.exp_()                                    # of the loss by logits
+            slope = scale * log_p.exp_()                                    # d loss / d logits
             slope.scatter_add_(1, target, slope.new_full(target.shape, -scale))
             slope = slope.to(piece.dtype)
             slopes.append(slope @ weight)
@@ -198,7 +198,8 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
 
     A step takes several batches, and its loss is the mean over the trained tokens of all of them.
     Texts of a batch have similar lengths. If a step were one batch of short texts, the mean would
-    be over few tokens, and the tags of short texts would weigh more than those of long ones.
+    be over few tokens. Each text has one tag, so the tags of short texts would weigh more than
+    those of long ones, and the student would choose strategies with short texts.
     checkpoint: a file from which a killed training goes on, to the same weights.
     ValueError if the loss is not finite.
     """
@@ -320,7 +321,7 @@ def list_runs(args):
 
     --compare adds other mixes and the controls: "teacher", and one for each strategy. A control
     sees the teacher's rationales alone, in the same rounds with as many optimizer steps as the run
-    of --mix, which is the first run: only the data differs.
+    of --mix: only the data differs. That run comes first, so its steps are known.
     """
     runs = {args.mix: (args.mix, STRATEGIES)}
     if args.compare is None:
@@ -394,7 +395,7 @@ def main():
     if WORLD > 1:
         join_processes(args)
     if RANK == 0:
-        locked = open_run_folder(args)  # until this file object is gone
+        locked = open_run_folder(args)  # the folder is locked while this file object lives
     for seed in range(args.seed, args.seed + args.seeds):
         data = read_data(args.data, args.held_out, seed)
         sizes = ", ".join(f"{name} {len(questions)}" for name, questions in data.sets.items())
