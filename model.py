@@ -477,24 +477,34 @@ class Decoder(nn.Module):
         copy.load_state_dict(tensors, assign=True)
         return copy
 
-    def add_lora(self, rank=16, alpha=32, seed=0):
+    def add_lora(self, rank=16, alpha=32, seed=0, dtype=torch.float32):
         """Freezes all parameters and adds trained ones, lora_A and lora_B, to the seven projections
         of every layer. B starts at 0, so that at first nothing changes; A is uniform within
-        1 / sqrt(in), as in peft."""
+        1 / sqrt(in), as in peft. dtype: of the frozen matrices from here on. In bfloat16 they take
+        half the memory, and `merge_lora` has to read them again."""
         generator = torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                parameter.data = parameter.to(dtype)
         for linear in self.modules():
             if isinstance(linear, Linear):
                 bound = linear.in_features ** -0.5
                 A = torch.empty(rank, linear.in_features)
                 A.uniform_(-bound, bound, generator=generator)
-                linear.lora_A = nn.Parameter(A.to(linear.weight))
-                linear.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+                B = torch.zeros(linear.out_features, rank)
+                linear.lora_A = nn.Parameter(A.to(linear.weight.device))
+                linear.lora_B = nn.Parameter(B.to(linear.weight.device))
                 linear.lora_scale = alpha / rank
 
     @torch.no_grad()
-    def merge_lora(self):
-        """Adds what LoRA has learned to the weights and removes it. All can be trained again."""
+    def merge_lora(self, folder=None):
+        """Adds what LoRA has learned to the weights and removes it. All can be trained again.
+        folder: the frozen weights are read again from there, in float32."""
+        if folder is not None:
+            device = self.model.norm.weight.device
+            whole = Decoder.from_pretrained(folder, device=device)
+            self.load_state_dict(whole.state_dict(), strict=False, assign=True)  # all but LoRA's
         for linear in self.modules():
             if isinstance(linear, Linear) and linear.lora_scale is not None:
                 linear.weight += linear.lora_scale * linear.lora_B @ linear.lora_A

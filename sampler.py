@@ -397,6 +397,7 @@ class Student:
         be trained they must be float32. template: of a prompt; a chat model's has tags.
         """
         folder = Path(folder)
+        self.folder = folder
         self.max_new_tokens = max_new_tokens
         self.rows = rows
         self.dtype = dtype

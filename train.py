@@ -193,7 +193,7 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
     return loss
 
 
-def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
+def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folder=None):
     """Trains the student's model in place on examples [(prompt ids, target ids)].
 
     A step takes several batches, and its loss is the mean over the trained tokens of all of them.
@@ -201,12 +201,16 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
     be over few tokens. Each text has one tag, so the tags of short texts would weigh more than
     those of long ones, and the student would choose strategies with short texts.
     checkpoint: a file from which a killed training goes on, to the same weights.
+    folder: which holds the student's weights as they are. Then LoRA keeps the frozen ones only in
+    the dtype of the arithmetic, and reads them again at the end.
     ValueError if the loss is not finite.
     """
     model = student.model
+    dtype = getattr(torch, args.dtype)
     model.checkpointing = args.checkpointing
     if args.lora:
-        model.add_lora(args.lora, args.lora_alpha, seed)
+        frozen = dtype if folder else torch.float32
+        model.add_lora(args.lora, args.lora_alpha, seed, frozen)
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)  # also in a process that gets no batch
@@ -228,7 +232,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
         loss = torch.zeros((), device=args.device)
         for tokens, targets in parts[RANK::WORLD]:
             loss += add_gradients(model, tokens.to(args.device), targets.to(args.device),
-                                  1 / n_trained, getattr(torch, args.dtype))
+                                  1 / n_trained, dtype)
         if WORLD > 1:
             for tensor in (loss, *[parameter.grad for parameter in parameters.values()]):
                 dist.all_reduce(tensor)
@@ -245,7 +249,8 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None):
                      "step": step + 1}
             write_whole(checkpoint, lambda part: torch.save(state, part))
             saved_at = time.time()
-    model.merge_lora()
+    if args.lora:
+        model.merge_lora(folder)
     model.zero_grad()
 
 
@@ -266,7 +271,8 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
         steps = math.ceil(len(examples) * args.epochs / (args.batch_size * args.accumulation))
         if examples:
             steps = control_steps.get(folder, steps)
-            fine_tune(student, examples, steps, args, seed, folder.name, folder / "training.pt")
+            fine_tune(student, examples, steps, args, seed, folder.name, folder / "training.pt",
+                      student.folder)
         elif folder.name == "combined":  # later mixes and controls may be empty
             raise ValueError("teacher.jsonl: no rationale is right, finished and short enough")
         print(f"{folder.name}: trained for {steps} steps on {len(examples)} rationales; left out, "
@@ -280,6 +286,7 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
         (folder / "training.pt").unlink(missing_ok=True)
     # Read back also if it was just trained: a run that goes on takes the same path.
     student.model = Decoder.from_pretrained(folder, device=args.device)
+    student.folder = folder
 
 
 # --------------------------------------------------------------------------------------------------

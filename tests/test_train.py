@@ -460,6 +460,30 @@ def test_bfloat16_arithmetic_keeps_float32_weights(load, lora):
             assert 0 < change < 1e-4, name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_weights_are_there_once(load, tiny_student, monkeypatch, dtype):
+    """In the dtype of the arithmetic. The result is the same to the bit as with those of float32."""
+    dtypes = set()
+
+    def note_dtypes(model, *args, add_gradients=add_gradients):
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                dtypes.add(("lora" in name, str(parameter.dtype)))
+        return add_gradients(model, *args)
+
+    monkeypatch.setattr(train, "add_gradients", note_dtypes)
+    results = []
+    for folder in (None, tiny_student):
+        student = load(scale=1)
+        dtypes.clear()
+        args = settings(dtype=dtype, lora=2)
+        fine_tune(student, ragged_examples(8), 3, args, 0, "test", None, folder)
+        results.append(student.model.state_dict())
+    assert dtypes == {(True, "torch.float32"), (False, f"torch.{dtype}")}
+    for name, tensor in results[0].items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, results[1][name])
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_model_can_be_used_by_others_afterwards(load, lora):
     """Float32 weights, adapters merged, no gradients left; whatever else trains it can do so."""
