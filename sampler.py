@@ -6,7 +6,8 @@ is a model with its tokenizer.
     texts[0][3]    # sample 3 of prompt 0: a list of ids, without the stop id
 
 A prompt is a pair (stem, tail). The stem is the question in its template, but for the last id. The
-tail is that last id and, if a strategy is forced, its tag. All prompts of a question have one stem.
+tail is that last id, so that no tail is empty, and the tag of a strategy that is forced. All
+prompts of a question have one stem.
 
 Texts differ in length, so the batch is kept full. `stream` does, in this order:
     refill  The next samples take the free rows. A refill feeds each stem once, and copies its cache
@@ -219,8 +220,9 @@ class Batch:
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0: so they do not make S larger for all.
         They cannot reach the cache's end: they take at most max_new_tokens steps until they are set
-        back to place 0 or dropped. For between two refills no row begins, so by then all rows are
-        free, and there is a refill, a shrink or the end."""
+        back to place 0 or dropped. For between two refills no row begins: max_new_tokens steps
+        after a refill all rows would be free, so a refill, a shrink or the end comes by then at the
+        latest."""
         self.cache.set_lengths(rows, 0)
         self.n_drawn[rows] = 0
 
@@ -277,8 +279,8 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
     """The same, a text at a time: yields (prompt's index, sample, ids) as they come to an end.
 
     prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
-    max_new_tokens  ids per text, the stop id included. So a text of so many ids, which come without
-                    the stop id, was cut off
+    max_new_tokens  ids per text, the stop id included. The ids come without it: a text of so many
+                    ids was cut off
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
     is_over         function(prompt's index, ids of a text) -> does it end here? The stop ids end it
                     anyway

@@ -46,7 +46,7 @@ class Round:
     number: int
     generated: list[Rationale]      # what the student wrote
     own: list[Rationale]            # the part of it that was kept
-    training_mix: list[Rationale]   # what it then trained on, except too long texts
+    training_mix: list[Rationale]   # what it was then given; `train` leaves out too long texts
     results: dict[str, list[dict]]  # evaluation set -> what `evaluate` returns
 
 
@@ -118,7 +118,7 @@ def self_generate(student, questions, samples: int, seed: int, folder) -> list[R
     generated = []
     for start in range(0, len(questions), size):
         part = questions[start:start + size]
-        path = folder / f"self-{start}.jsonl"
+        path = folder / f"self-{start}.jsonl"  # equal seeds: draws depend on the prompt, too
         generated += saved_rationales(path, force_strategies, student, part, samples, seed)
     return generated
 
@@ -193,7 +193,7 @@ def evaluate(student, questions, name="") -> list[dict]:
     question:
 
     id, kind   of the question
-    strategy   that the student chose (None: it named no known one)
+    strategy   that the student chose (None: it named no known one, and is wrong)
     text       of the free answer
     correct    is the free answer correct?
     forced     strategy -> is the forced answer correct?
@@ -302,11 +302,11 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
 def room_to_choose(generated, questions) -> float | None:
     """How much more a choice per question gets right than the best single strategy for all.
 
-    For each question, half of its texts in each strategy choose: the strategy that is right most
-    often in this half. The other half says how often that strategy is right. Then the halves change
-    places. So a lucky hit is no gain unless the other half repeats it; `any` counts every lucky
-    hit. With few texts the choice is poor: then the figure is too low, even below 0. None if a
-    question has fewer than four texts in a strategy (K < 4).
+    For each question, one half of its texts picks a strategy: the one that is right most often in
+    this half. The other half says how often that strategy is right. Then the halves change places.
+    So a lucky hit is no gain unless the other half repeats it. With few texts the pick is poor:
+    then the figure is too low, even below 0. None if a question has fewer than four texts in a
+    strategy (K < 4).
     """
     by_id = {question.id: question for question in questions}
     verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?

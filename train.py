@@ -273,7 +273,7 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
             steps = control_steps.get(folder, steps)
             fine_tune(student, examples, steps, args, seed, folder.name, folder / "training.pt",
                       student.folder)
-        elif folder.name == "combined":  # later mixes and controls may be empty
+        elif folder.name == "combined":  # round 0; later mixes and controls may be empty
             raise ValueError("teacher.jsonl: no rationale is right, finished and short enough")
         print(f"{folder.name}: trained for {steps} steps on {len(examples)} rationales; left out, "
               f"longer than {args.max_length} tokens: {len(rationales) - len(examples)}")
