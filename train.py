@@ -76,7 +76,7 @@ PRESETS = {
     "paper": {"samples": 10, "max_new_tokens": 512, "epochs": 3, "batch_size": 2, "lr": 2e-4,
               "lora": 16, "seed": 42, "warmup": 5, "max_length": 1024},
     "svamp": {"samples": 4, "max_new_tokens": 256, "batch_size": 8, "accumulation": 2, "lr": 3e-4,
-              "dtype": "bfloat16", "rows": 192, "keep": 2},
+              "dtype": "bfloat16", "rows": 192},
 }
 COMPARED = ("adaptive", "all", "self", "teacher", *STRATEGIES)  # see list_runs
 
