@@ -315,7 +315,8 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)           # (B, H_kv, S, D): the cached ones too
-        if torch.is_grad_enabled() and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        training = torch.is_grad_enabled() and cache is None
+        if training and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             y = attend(q, k, v, mask, self.scale)           # (B, H, T, D)
         else:
             y = attend_fused(q, k, v, mask, self.scale)     # (B, H, T, D)
@@ -477,15 +478,15 @@ class Decoder(nn.Module):
         copy.load_state_dict(tensors, assign=True)
         return copy
 
-    def add_lora(self, rank=16, alpha=32, seed=0, dtype=torch.float32):
+    def add_lora(self, rank=16, alpha=32, seed=0, dtype=None):
         """Freezes all parameters and adds trained ones, lora_A and lora_B, to the seven projections
         of every layer. B starts at 0, so that at first nothing changes; A is uniform within
-        1 / sqrt(in), as in peft. dtype: of the frozen matrices from here on. In bfloat16 they take
-        half the memory, and `merge_lora` has to read them again."""
+        1 / sqrt(in), as in peft. dtype: of the frozen matrices from here on [unchanged]. In
+        bfloat16 they take half the memory, and `merge_lora` has to read them again."""
         generator = torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
         for parameter in self.parameters():
-            if parameter.dim() == 2:
+            if dtype is not None and parameter.dim() == 2:
                 parameter.data = parameter.to(dtype)
         for linear in self.modules():
             if isinstance(linear, Linear):
@@ -493,8 +494,9 @@ class Decoder(nn.Module):
                 A = torch.empty(rank, linear.in_features)
                 A.uniform_(-bound, bound, generator=generator)
                 B = torch.zeros(linear.out_features, rank)
-                linear.lora_A = nn.Parameter(A.to(linear.weight.device))
-                linear.lora_B = nn.Parameter(B.to(linear.weight.device))
+                like = self.model.norm.weight  # which keeps its dtype
+                linear.lora_A = nn.Parameter(A.to(like))
+                linear.lora_B = nn.Parameter(B.to(like))
                 linear.lora_scale = alpha / rank
 
     @torch.no_grad()

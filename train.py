@@ -209,9 +209,10 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folde
     model = student.model
     dtype = getattr(torch, args.dtype)
     model.checkpointing = args.checkpointing
+    if dtype == torch.float32:
+        folder = None  # the frozen weights need not change
     if args.lora:
-        frozen = dtype if folder else torch.float32
-        model.add_lora(args.lora, args.lora_alpha, seed, frozen)
+        model.add_lora(args.lora, args.lora_alpha, seed, dtype if folder else None)
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)  # also in a process that gets no batch

@@ -3,7 +3,7 @@
     python data/report.py out          # makes report.md and report.png of the run folder again
 
 It reads args.json, metrics.jsonl and, of each model, self-*.jsonl (what the student wrote),
-mix.jsonl (what it was trained on) and answers-test.json (its answers). No model computes here.
+mix.jsonl (what it was trained on) and answers-*.json (its answers). No model computes here.
 """
 import json
 import statistics
@@ -309,37 +309,49 @@ def describe_choices(folder: Path, models: list[dict]) -> str:
 
 
 def table_of_differences(folder: Path, metrics: list[dict], ours: dict) -> str:
-    """How far a model is ahead of round 0, and of the last round of each other run."""
-    names = []
-    for name in dict.fromkeys(map(name_of, metrics)):
-        if name != name_of(ours) and name.endswith(("combined", f" {ours['iteration']}")):
-            names.append(name)
+    """How far a model is ahead of round 0, and of the last round of each other run, on the seeds
+    that both have."""
+    last = {}  # run -> a line of its last round
+    for line in metrics:
+        run = line["run"]
+        if run not in last or line["iteration"] > last[run]["iteration"]:
+            last[run] = line
+    last.pop(ours["run"], None)
     sets = dict.fromkeys(line["set"] for line in metrics)
     sets.pop("held-out", None)  # other questions for each seed
     rows = []
-    for name in names:
-        row = {"ahead of": name}
+    for theirs in last.values():
+        seeds = sorted(seeds_of(metrics, ours) & seeds_of(metrics, theirs))
+        if not seeds:
+            continue
+        row = {"ahead of": name_of(theirs)}
         means = []
         resampled = []  # for each set, the means of the bootstrap
+        rng = np.random.default_rng(0)
         for set_name in sets:
-            lines = [line for line in find(metrics, set=set_name) if name_of(line) == name]
             ahead = []  # a list for each seed: by question 1, 0 or -1
-            for theirs in lines:
-                both = [read_answers(folder, model | {"seed": theirs["seed"]}, set_name)
-                        for model in (ours, theirs)]
-                ahead.append([a["correct"] - b["correct"] for a, b in zip(*both)])
+            for seed in seeds:
+                a = read_answers(folder, ours | {"seed": seed}, set_name)
+                b = read_answers(folder, theirs | {"seed": seed}, set_name)
+                ahead.append([x["correct"] - y["correct"] for x, y in zip(a, b)])
             by_question = 100 * np.mean(ahead, axis=0)
             means.append(by_question.mean())
-            resampled.append(bootstrap(by_question))
+            resampled.append(bootstrap(by_question, rng))
             row[set_name] = format_interval(means[-1], resampled[-1])
         row["mean of the sets"] = format_interval(np.mean(means), np.mean(resampled, axis=0))
         rows.append(row)
+    if not rows:
+        return "No other run has these seeds."
     return format_table(rows)
 
 
-def bootstrap(values) -> np.ndarray:
+def seeds_of(metrics: list[dict], model: dict) -> set[int]:
+    lines = find(metrics, run=model["run"], iteration=model["iteration"])
+    return {line["seed"] for line in lines}
+
+
+def bootstrap(values, rng) -> np.ndarray:
     """Means of as many values, drawn with replacement (Efron 1979), RESAMPLES times."""
-    rng = np.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
     return np.array(means)
 

@@ -23,7 +23,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from functools import cache
 from http.client import HTTPException
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from textwrap import dedent
 
@@ -41,6 +41,8 @@ from sampler import Student, generate, stream  # noqa: E402
 START = b'{"id": '    # of every line that is written
 NEXT = "\nQuestion:"  # a teacher that goes on with a question of its own is cut there
 CLOSING = r"\s*(?:\\\]|\$\$|```|~~~)"  # of a display or a fence with the final answer in it
+MOST_MARKERS = 20   # of a text that says "Final answer:" all the time, and never a number
+LOOK_EVERY = 16     # ids of a text: then it is read to see whether it is over
 TRIAL_STEPS = 4
 MOST_SKIPPED = 20   # requests without one text: then all are refused for the same reason
 FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason: a whole text
@@ -66,7 +68,7 @@ def end_of_answer(strategy: str, text: str) -> int | None:
     """The place behind the first line that gives a final answer."""
     if strategy == "pot":
         return None  # a program's answer is its last value
-    for marker in MARKER.finditer(text):
+    for marker in islice(MARKER.finditer(text), MOST_MARKERS):
         number, end = number_behind(text, marker)
         if number is not None:
             closing = re.match(CLOSING, text[end:])
@@ -184,7 +186,8 @@ def read_answer(content: bytes, strategy: str):
                       f"answers needs a larger --max-new-tokens: {beginning(content)}")
     # Half of a surrogate pair cannot be written as UTF-8.
     cleaned = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", cleaned)
-    return cleaned, reason in FINISHED or is_over(strategy, text), used
+    # Not is_over: a thought that was cut off may hold a final answer, too.
+    return cleaned, reason in FINISHED or NEXT in THOUGHTS.sub("", text, count=1), used
 
 
 def beginning(content: bytes) -> str:
@@ -282,6 +285,8 @@ def ask_checkpoint(args, jobs, seed: int):
         prompts = [teacher.prompt(question, strategy) for question, strategy, _ in group]
 
         def goes_on(i, ids):
+            if len(ids) % LOOK_EVERY > 0:
+                return False
             return is_over(group[i][1], teacher.tokenizer.decode(ids))
 
         texts = stream(teacher.model, prompts, max_new_tokens=args.max_new_tokens,

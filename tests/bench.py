@@ -142,7 +142,7 @@ def measure_sft(job):
     args = train.parse_args(["--batch-size", str(job["batch"]), "--accumulation", str(job["per step"] // job["batch"]),
                              "--lr", "1e-5", "--dtype", job["dtype"], "--lora", str(job["lora"]), "--device", "cpu"])
     steps = len(examples) // job["per step"]
-    seconds, _ = timed(lambda: train.fine_tune(student, examples, steps, args, 0, "sft"))
+    seconds, _ = timed(lambda: train.fine_tune(student, examples, steps, args, 0, "sft", None, student.folder))
     lengths = [(len(prompt) + len(target) - 1, len(target)) for prompt, target in examples]
     return {"seconds": seconds, "items": len(examples), "tokens": sum(length for length, _ in lengths), "GFLOP": count_work(
         student.model.config, student.model, *map(sum, zip(*lengths)), sum(length * (length + 1) // 2 for length, _ in lengths),

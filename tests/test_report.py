@@ -15,7 +15,7 @@ import pytest
 
 from data.files import Question, Rationale, write_lines, write_text
 from data.report import (count_programs, draw_accuracy, draw_shares, find_rounds, format_table,
-                         print_round, update_metrics, write_report)
+                         print_round, table_of_differences, update_metrics, write_report)
 from siked import Round, measure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +223,26 @@ def test_differences_by_hand(folder):
     assert first["test"] == "+0.0 (-75.0 to +75.0)"
     assert second["test"] == "+25.0 (+0.0 to +50.0)"
     assert [row["mean of the sets"] for row in (first, second)] == [first["test"], second["test"]]
+
+
+def test_differences_of_runs_of_other_rounds_and_seeds(folder):
+    """A run of fewer rounds is compared by its last one; a seed that only one side has is left out;
+    and a second set of equal size is drawn anew, or the mean of a set and its opposite would look
+    certain."""
+    opposite = Round(1, SELF, [OWN], TEACHER, {"test": BEFORE, "other": AFTER})
+    ours = Round(2, SELF, [OWN], TEACHER, {"test": AFTER, "other": BEFORE})
+    lines = model("all", ours) + model("self", opposite) + model("self", opposite, 1)
+    write_lines(folder / "metrics.jsonl", lines)
+    for name, result in (("all-2", ours), ("self-1", opposite)):
+        for set_name, records in result.results.items():
+            path = folder / f"seed-0/{name}/answers-{set_name}.json"
+            write_text(path, json.dumps(records))
+    [row] = cells_of(table_of_differences(folder, lines, lines[0]))
+    assert row["ahead of"] == "self 1"
+    assert (row["test"], row["other"]) == ("+0.0 (-75.0 to +75.0)",) * 2
+    mean, low, high = map(float, re.findall(r"[-+][0-9.]+", row["mean of the sets"]))
+    assert mean == 0 and -75 < low < -25 and 25 < high < 75
+    assert table_of_differences(folder, lines[:1], lines[0]) == "No other run has these seeds."
 
 
 def test_command(folder, tmp_path):

@@ -428,6 +428,14 @@ def test_every_stop_id_finishes_a_row_and_is_left_off(model):
         assert len(counting.shapes) == 1 + cut + 1, "the prompt, and a step per id and for the stop"
 
 
+def test_a_text_is_over_where_the_caller_says_so(model):
+    """is_over is told the prompt's index, whatever row and batch the text is in."""
+    prompts = ragged_prompts(5)
+    texts = generate(model, prompts, n=2, max_new_tokens=30, stop_ids=[], batch_size=3, **SAMPLED,
+                     is_over=lambda i, ids: len(ids) == 3 + i)
+    assert [[len(ids) for ids in row] for row in texts] == [[3 + i] * 2 for i in range(5)]
+
+
 def test_texts_that_are_cut_off_are_longer_than_finished_ones(model):
     """A text of `length` ids and a stop id fits into one new token more. With `length` it is the
     same text, but cut off."""
