@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import FAMILIES as TABLE
 from model import (Config, Decoder, attend, attend_fused, rope_cos_sin,  # noqa: E402
                    rope_frequencies, visible_keys)
-from sampler import KVCache  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "gemma", "gemma_untied", "gemma3_text"]  # llama3: in three shards
