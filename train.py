@@ -57,7 +57,7 @@ FLAGS = (  # name, default, least value, meaning
     ("--epochs", 2.0, 1e-6, "passes over the mix per round"),
     ("--batch-size", 4, 1, "examples in one forward pass"),
     ("--accumulation", 4, 1, "forward passes per optimizer step"),
-    ("--lr", 2e-3, 0, "learning rate; a real student needs 1e-5 or so, with LoRA 2e-4"),
+    ("--lr", 2e-3, 0, "learning rate; with LoRA 2e-4, all weights of billions 1e-5"),
     ("--lora", 0, 0, "rank of LoRA adapters; 0: train all weights"),
     ("--prompt", r"{question}\n", None, r"what the student reads; \n is a line break"),
     ("--rows", 256, 1, "texts written at once; fewer need less memory"),
