@@ -64,6 +64,11 @@ def ask_for(question) -> str:
     return f"Question: {question.text}\nAnswer:"
 
 
+def has_next(text: str) -> bool:
+    """Does the text go on to a question of its own? Then it is whole up to there."""
+    return NEXT in THOUGHTS.sub("", text, count=1)
+
+
 def end_of_answer(strategy: str, text: str) -> int | None:
     """The place behind the first line that gives a final answer."""
     if strategy == "pot":
@@ -79,10 +84,12 @@ def end_of_answer(strategy: str, text: str) -> int | None:
 def is_over(strategy: str, text: str) -> bool:
     """Does the text go on behind its final answer, or to a question of its own? Then it was whole
     before."""
+    if has_next(text):
+        return True
     text = THOUGHTS.sub("", text, count=1)
     end = end_of_answer(strategy, text)
     behind = "" if end is None else text[end:].strip()
-    return NEXT in text or len(behind) > 3  # not just the beginning of what closes a display
+    return len(behind) > 3  # not just the beginning of what closes a display
 
 
 def clean(strategy: str, text: str) -> str:
@@ -187,7 +194,7 @@ def read_answer(content: bytes, strategy: str):
     # Half of a surrogate pair cannot be written as UTF-8.
     cleaned = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", cleaned)
     # Not is_over: a thought that was cut off may hold a final answer, too.
-    return cleaned, reason in FINISHED or NEXT in THOUGHTS.sub("", text, count=1), used
+    return cleaned, reason in FINISHED or has_next(text), used
 
 
 def beginning(content: bytes) -> str:

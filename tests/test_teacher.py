@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
 import data.teacher  # noqa: E402
 from data.teacher import (Teacher, ask_checkpoint, ask_for, clean, examples, is_over,  # noqa: E402
-                          leave_out_long, parse_args)
+                          leave_out_long, parse_args, read_answer)
 from data.files import Question  # noqa: E402
 from sampler import Student  # noqa: E402
 
@@ -396,6 +396,17 @@ def test_a_text_is_over_behind_its_final_answer(strategy, text, written):
     if ends:
         assert ends == list(range(ends[0], len(text) + 1))
         assert clean(strategy, text[:ends[0]]) == clean(strategy, text) != ""
+
+
+@pytest.mark.parametrize("reason, behind, finished", [
+    ("length", "\nWait, let me check", False), ("stop", "", True),
+    ("length", "\n\nQuestion: How", True)])
+def test_a_thought_that_was_cut_off_is_no_whole_text(reason, behind, finished):
+    """It may hold a final answer, and a server may leave its opening tag out."""
+    text = f"9 + 9 = 18. Final answer: 18{behind}"
+    content = {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
+    assert read_answer(json.dumps(content).encode(), "cot")[:2] == (
+        "9 + 9 = 18. Final answer: 18", finished)
 
 
 def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
