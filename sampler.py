@@ -6,12 +6,12 @@ is a model with its tokenizer.
     texts[0][3]    # sample 3 of prompt 0: a list of ids, without the stop id
 
 A prompt is a pair (stem, tail). The stem is the question in its template, but for the last id. The
-tail is that last id, so that no tail is empty, and the tag of a strategy that is forced. All
-prompts of a question have one stem.
+tail is that last id, then the tag if a strategy is forced. So no tail is empty: the state of its
+last id gives the first token. All prompts of a question have one stem.
 
 Texts differ in length, so the batch is kept full. `stream` does, in this order:
     refill  The next samples take the free rows. A refill feeds each stem once, and copies its cache
-            to the rows of all its tags and samples. The tails are fed row by row.
+            to the rows of all its tags and samples. Then one pass feeds each row its tail.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -115,7 +115,7 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()                # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
-    ids, order = ids.sort()  # or equally likely ids would stand in another order for another M
+    ids, order = ids.sort()  # topk's order of equally likely ids depends on M; the draw must not
     weights = probabilities.where(inside, 0).gather(1, order)                       # (B, M)
     places = draw_places(weights, uniforms)                                         # (B,)
     tokens = ids.gather(1, places[:, None])[:, 0]                                   # (B,)
@@ -134,14 +134,13 @@ def draw_places(weights, uniforms):
     return places[:, 0].clamp(max=weights.shape[1] - 1)
 
 
-def draw_uniforms(seed: int, prompt, sample: int, count: int):
-    """Numbers of [0, 1), (count,), that depend on these arguments alone. So a text does not depend
-    on the batch that it happens to be in."""
+def make_generator(seed: int, prompt, sample: int):
+    """A text's own generator, which depends on these arguments alone. So a text does not depend on
+    the batch that it happens to be in."""
     stem, tail = prompt
     key = f"{seed} {sample} {' '.join(map(str, stem + tail))}"
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-    generator = np.random.default_rng(int.from_bytes(digest, "little"))
-    return torch.from_numpy(generator.random(count, dtype=np.float32))
+    return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,27 +160,6 @@ def feed(model, cache, texts):
     return hidden[rows, counts - 1]
 
 
-def feed_stems(model, stems):
-    """A cache with a row for each stem. The stem of a prompt of one id is empty."""
-    longest = max(map(len, stems))
-    cache = KVCache(model.config, len(stems), longest, model.output_weight())
-    if longest:
-        feed(model, cache, stems)
-    return cache
-
-
-def feed_tails(model, tails, stem_cache, stem_rows):
-    """Feeds N tails behind these rows of another cache. Returns a cache with a row for each tail,
-    and the state of each tail's last token, (N, C)."""
-    capacity = stem_cache.longest + max(map(len, tails))
-    cache = KVCache(model.config, len(tails), capacity, model.output_weight())
-    cache.put(range(len(tails)), stem_cache, stem_rows)
-    states = feed(model, cache, tails)
-    if states.isnan().any():
-        raise ValueError("the model computes nan: its weights are broken")
-    return cache, states
-
-
 class Batch:
     """The tensors of the rows that are decoded together, on the model's device."""
 
@@ -194,69 +172,71 @@ class Batch:
         self.cache = KVCache(model.config, rows, longest + max_new_tokens, weight, block)
         self.hidden = weight.new_zeros(rows, model.config.hidden_size)              # (B, C)
         self.tokens = torch.zeros_like(self.cache.lengths)                          # (B,)
-        self.n_drawn = torch.zeros_like(self.cache.lengths)                         # (B,)
-        self.uniforms = torch.zeros(rows, max_new_tokens, device=weight.device)
+        self.uniforms = torch.zeros(rows, device=weight.device)                     # (B,)
         self.stems = []         # those that were fed last
         self.stem_cache = None  # a row for each of them
         self.graphs = {}  # S -> a recorded step
         self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
 
-    def put(self, rows, prompts, uniforms):
-        """Begins prompts (stem, tail) in these rows, with the numbers (N, max_new_tokens) to draw
-        by. Each distinct stem is fed once; none is if those that were fed last include them all."""
-        stems = [stem for stem, _ in prompts]
+    def new_cache(self, rows, capacity):
+        return KVCache(self.model.config, rows, capacity, self.hidden)
+
+    def put(self, rows, prompts):
+        """Begins N prompts (stem, tail) in these rows. Each distinct stem is fed once; if all of
+        them were among the last ones fed, none is."""
+        stems, tails = zip(*prompts)
         if not set(stems) <= set(self.stems):
             self.stems = list(dict.fromkeys(stems))
             self.stem_cache = None  # the old one goes before the new one comes
-            self.stem_cache = feed_stems(self.model, self.stems)
+            self.stem_cache = self.new_cache(len(self.stems), max(map(len, stems)))
+            if any(stems):  # the stem of a prompt of one id is empty
+                feed(self.model, self.stem_cache, self.stems)
+        cache = self.new_cache(len(tails), self.stem_cache.longest + max(map(len, tails)))
         stem_rows = [self.stems.index(stem) for stem in stems]
-        tails = [tail for _, tail in prompts]
-        cache, states = feed_tails(self.model, tails, self.stem_cache, stem_rows)
-        self.cache.put(rows, cache, range(len(prompts)))
+        cache.put(range(len(tails)), self.stem_cache, stem_rows)
+        states = feed(self.model, cache, tails)                                     # (N, C)
+        if states.isnan().any():
+            raise ValueError("the model computes nan: its weights are broken")
+        self.cache.put(rows, cache, range(len(tails)))
         self.hidden[rows] = states
-        self.uniforms[rows] = uniforms.to(self.uniforms.device)
-        self.n_drawn[rows] = 0
 
     def free(self, rows):
-        """Free rows decode on, to no purpose, from place 0: so they do not make S larger for all.
-        They cannot reach the cache's end: they take at most max_new_tokens steps until they are set
-        back to place 0 or dropped. For between two refills no row begins: max_new_tokens steps
-        after a refill all rows would be free, so a refill, a shrink or the end comes by then at the
-        latest."""
+        """Free rows decode on, to no purpose, from place 0, so that they do not make S larger.
+
+        They cannot run past the cache's end. No row begins between two refills, so max_new_tokens
+        steps after a refill all its texts are over. By then the next refill has set the free rows
+        back to place 0, or a shrink has dropped them, or all the sampling is done."""
         self.cache.set_lengths(rows, 0)
-        self.n_drawn[rows] = 0
 
     def keep(self, rows):
         """Drops all other rows."""
         self.cache.keep(rows)
         self.hidden = self.hidden[rows]
         self.tokens = self.tokens[rows]
-        self.n_drawn = self.n_drawn[rows]
         self.uniforms = self.uniforms[rows]
         self.graphs = {}
 
     def step(self):
         """Draws the next token of each row from its last state, and feeds it. All in place, so that
         it can be recorded."""
-        numbers = self.uniforms.gather(1, self.n_drawn[:, None])[:, 0]              # (B,)
-        self.tokens.copy_(self.draw(self.model.output(self.hidden), numbers))       # (B,)
+        self.tokens.copy_(self.draw(self.model.output(self.hidden), self.uniforms)) # (B,)
         hidden = self.model.hidden(self.tokens[:, None], self.cache)                # (B, 1, C)
         self.hidden.copy_(hidden[:, 0])
-        self.n_drawn += 1
         self.cache.lengths += 1
 
-    def decode(self, cuda_graphs):
-        """Takes a step. Returns the id that each row has drawn.
+    def decode(self, uniforms, cuda_graphs):
+        """Takes a step, with a number of [0, 1) per row. Returns the id that each row has drawn.
 
         With a CUDA graph its hundreds of small kernels start as one. The first step with S keys is
         taken as usual. Then it is recorded for the next ones; recording computes nothing.
         """
+        self.uniforms.copy_(torch.tensor(uniforms))
         S = self.cache.keys_seen(1)
         if S in self.graphs:
             self.graphs[S].replay()
         else:
             self.step()
-            if cuda_graphs:
+            if cuda_graphs and self.tokens.is_cuda:
                 self.graphs[S] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graphs[S], pool=self.pool):  # one memory for all graphs
                     self.step()
@@ -279,8 +259,9 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
     """The same, a text at a time: yields (prompt's index, sample, ids) as they come to an end.
 
     prompts         lists of ids, or pairs (stem, tail): a refill feeds equal stems once
-    max_new_tokens  ids per text, the stop id included. The ids come without it: a text of so many
-                    ids was cut off
+    max_new_tokens  ids per text, the stop id included. The stop id is left off: a text that still
+                    has max_new_tokens ids was cut off
+    batch_size      rows decoded together
     n_ids           ids from here on have no token (a padded vocabulary) and are never drawn
     is_over         function(prompt's index, ids of a text) -> does it end here? The stop ids end it
                     anyway
@@ -296,11 +277,10 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
         return sample_next_token(logits[:, :n_ids], temperature, top_p, uniforms)
 
     waiting = line_up(prompts, n)
-    running = {}  # row -> (index of the prompt, sample, text)
+    running = {}  # row -> (index of the prompt, sample, text, generator)
     B = min(batch_size, len(waiting))
     longest = max((len(stem + tail) for stem, tail in prompts), default=0)
     batch = Batch(model, B, longest, max_new_tokens, draw)
-    cuda_graphs = cuda_graphs and batch.hidden.is_cuda
     disable = None if progress else True  # None: no bar where there is no terminal
     bar = tqdm(total=len(waiting), desc=progress, unit="text", leave=False, disable=disable)
     while waiting or running:
@@ -309,21 +289,22 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
             batch.free(free)  # back to place 0, also those that no sample takes
             rows = free[:len(waiting)]
             begun = []
-            uniforms = []
             for row in rows:
                 i, sample = waiting.pop()
-                running[row] = (i, sample, [])
+                running[row] = (i, sample, [], make_generator(seed, prompts[i], sample))
                 begun.append(prompts[i])
-                uniforms.append(draw_uniforms(seed, prompts[i], sample, max_new_tokens))
-            batch.put(rows, begun, torch.stack(uniforms))
+            batch.put(rows, begun)
         elif not waiting and len(free) > SHRINK_SHARE * B:
             batch.keep(list(running))
             running = dict(enumerate(running.values()))
             B = len(running)
-        for row, token in enumerate(batch.decode(cuda_graphs)):
+        uniforms = [0.0] * B  # free rows draw, too, to no purpose
+        for row, (*_, generator) in running.items():
+            uniforms[row] = generator.random(dtype=np.float32)
+        for row, token in enumerate(batch.decode(uniforms, cuda_graphs)):
             if row not in running:
                 continue
-            i, sample, text = running[row]
+            i, sample, text, _ = running[row]
             if token not in stop_ids:
                 text.append(token)
             over = token in stop_ids or len(text) == max_new_tokens
@@ -337,8 +318,8 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
 
 def line_up(prompts, n):
     """All (prompt, sample). They are taken from the end, so the longest prompts stand there: these
-    tend to get long texts, and the batch should not end on one. Equal stems are neighbours, and so
-    are tails of equal length, which are fed without padding."""
+    tend to get long texts, and the batch should not end on one. Equal stems are neighbours, and
+    among their tails those of equal length."""
     def key(i):
         stem, tail = prompts[i]
         return len(stem), stem, len(tail), tail
@@ -395,8 +376,8 @@ class Student:
                  weights=torch.float32, template="{question}\n"):
         """Reads a Hugging Face folder. FileNotFoundError or ValueError names what is wrong.
 
-        rows: texts written at once. dtype: of the arithmetic in writing. weights: their dtype; to
-        be trained they must be float32. template: of a prompt; a chat model's has tags.
+        rows: texts written at once. dtype: what sampling computes in. weights: their dtype; to be
+        trained they must be float32. template: of a prompt; a chat model's has tags.
         """
         folder = Path(folder)
         self.folder = folder
@@ -444,8 +425,8 @@ class Student:
 
     def prompt(self, question, strategy=None):
         """The template with the question and, if the strategy is forced, its tag, as a pair of
-        lists of ids (stem, tail). The tail is the template's last id, so it is never empty, and
-        then the tag. Gemma's <bos> comes in front, also if the template leaves it out."""
+        lists of ids (stem, tail). The tail is the template's last id, then the tag. Gemma's <bos>
+        comes in front, also if the template leaves it out."""
         ids = []
         for part in self.template:
             if part in self.specials:

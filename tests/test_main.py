@@ -201,7 +201,7 @@ def test_embedded_student_and_data(tmp_path):
     assert [row[0] for row in rows] == ["combined", "adaptive 1"]
     assert header[1:5] == ["held-out", "test", "ood_longer", "ood_wording"]
     metrics = read_lines(out / "metrics.jsonl")
-    assert [line["total"] for line in metrics] == 2 * [1, 6, 1, 1]
+    assert [line["set"] for line in metrics] == 2 * ["held-out", "test", "ood_longer", "ood_wording"]
     kinds = {line["set"]: line["kinds"].keys() for line in metrics}
     assert kinds["test"] == {"shop", "tally", "relations"}
     assert len(read_lines(out / "seed-0/adaptive-1/self-0.jsonl")) == 10 * 3
@@ -233,8 +233,8 @@ def test_metrics_have_the_named_fields(run):
     assert [(line["run"], line["iteration"], line["set"]) for line in lines] == [
         (name, number, asked) for name, number in (("combined", 0), ("all", 1)) for asked in SETS]
     for line in lines:
-        assert line["total"] == {"held-out": 1, "test": 6, "ood_longer": 1}[line["set"]]
-        assert line["accuracy"] == line["correct"] / line["total"]
+        total = {"held-out": 1, "test": 6, "ood_longer": 1}[line["set"]]
+        assert line["accuracy"] * total == pytest.approx(round(line["accuracy"] * total))
         for name in ("share", "accuracy_within", "forced", "P_mix", "P_free"):
             assert list(line[name]) == STRATEGIES
         assert max(line["forced"].values()) <= line["any"] <= 1
@@ -254,7 +254,7 @@ def test_student_learns_by_heart(run):
     on. After round 0 some of them are answered right, after round 1 nearly all, free and with each
     strategy forced. A lost end token, a shifted loss or another prompt leaves 0."""
     combined, last = rounds_of(run[0])
-    assert combined["correct"] >= 2 and last["correct"] >= 4
+    assert combined["accuracy"] > 1.9 / 6 and last["accuracy"] > 3.9 / 6
     assert sum(last["share"].values()) == pytest.approx(1)
     assert all(accuracy > 0.6 for accuracy in last["forced"].values())
 
@@ -367,7 +367,7 @@ def test_nul_in_a_text_is_a_character_like_others(flags, copy_of, tmp_path):
 # waits for so many seconds, or until a file of that name is there, and kills it. After the last
 # kill it goes on as the run itself. So all runs share the seconds of importing torch.
 KILLS = """
-import signal, torch._dynamo  # the optimizer imports the second
+import json, signal, torch._dynamo  # the optimizer imports the last
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 for stop in STOPS:
     child = os.fork()
