@@ -10,16 +10,16 @@ comes after all real tokens, where the causal mask hides it.
 Dimension letters, used in every shape comment:
     B  rows of the batch               H     query heads
     T  tokens fed per row              H_kv  key and value heads, a divisor of H
-    S  keys seen by the longest row    D     width of one head (head_dim)
+    S  keys seen by the longest row*   D     width of one head (head_dim)
     V  vocabulary size                 C     width of the hidden states (hidden_size)
+    * rounded up on a GPU: KVCache.keys_seen
 
-The last of the four files; it needs none of the other three. Read `Decoder.hidden` first, then
-Layer, Attention, and RoPE.
+The last of siked, train, sampler, model; it imports none of them. Read `Decoder.hidden` first,
+then Layer, Attention, and RoPE.
 Sources: Llama (arXiv 2302.13971), Qwen2 (2407.10671), Qwen3 (2505.09388), Gemma (2403.08295),
 Gemma 3 (2503.19786). Where a paper leaves a detail open, modeling_<model_type>.py of
 transformers 5.23 decides.
 """
-import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -109,10 +109,9 @@ class Config:
         if self.family.sliding_layers:
             known.append("sliding_attention")
         if self.layer_types is None:
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
-            for i in range(self.num_hidden_layers):
-                if self.family.sliding_layers and (i + 1) % self.sliding_window_pattern > 0:
-                    self.layer_types[i] = "sliding_attention"
+            n_sliding = (self.sliding_window_pattern or 1) - 1  # before each full layer
+            cycle = ["sliding_attention"] * n_sliding + ["full_attention"]
+            self.layer_types = (self.num_hidden_layers * cycle)[:self.num_hidden_layers]
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(known):
             raise ValueError(f"layer_types = {self.layer_types} must be one of {known} per layer")
 
@@ -127,16 +126,13 @@ class Config:
             fields = read_json(path)
             model_type = fields.get("model_type")
             if model_type not in list(FAMILIES):  # said first: its fields may have other names
-                about = f"architectures = {fields.get('architectures')}"
-                if fields.keys() & {"text_config", "vision_config", "audio_config"}:
-                    about += ", a model of pictures or sounds, too"
                 raise ValueError(f"model_type = {model_type!r} is not implemented, only "
-                                 f"{', '.join(FAMILIES)}; {about}")
+                                 f"{', '.join(FAMILIES)}; its architectures: "
+                                 f"{fields.get('architectures')}")
             for name in REFUSED:
                 if fields.get(name):
                     raise ValueError(f"{name} = {fields[name]!r} is not implemented")
-            names = [f.name for f in dataclasses.fields(cls)]
-            known = {name: fields[name] for name in names if name in fields}
+            known = {name: fields[name] for name in cls.__annotations__ if name in fields}
             if model_type.startswith("gemma"):
                 known["hidden_act"] = fields.get("hidden_activation")  # its name there
             return cls(**known | read_rope(fields), extra=fields)
@@ -254,8 +250,8 @@ def attend(q, k, v, mask, scale):
     B, H, T, D = q.shape
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool).tril()
-    # The H / H_kv query heads that share a key head are laid out along T, as if that head had as
-    # many queries.
+    # The H / H_kv query heads that share a key head are laid out along T, as if they were one head
+    # with H / H_kv * T queries.
     q = q.reshape(B, k.shape[1], -1, D)                     # (B, H_kv, H / H_kv * T, D)
     scores = scale * q @ k.transpose(2, 3)                  # (B, H_kv, H / H_kv * T, T)
     scores = scores.view(B, H, T, T)
@@ -438,7 +434,7 @@ class Decoder(nn.Module):
             S = cache.keys_seen(T)
             positions = cache.lengths[:, None] + positions       # (B, T)
         x = self.model.embed_tokens(tokens)                      # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):  # else all layers would add in float32
+        if torch.is_autocast_enabled(x.device.type):  # else each layer's sums would be in float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if config.family.scale_embedding:
             scale = math.sqrt(config.hidden_size)
@@ -546,10 +542,9 @@ class Decoder(nn.Module):
         fields.pop("torch_dtype", None)      # the old name of dtype
         fields.pop("rope_parameters", None)  # written as rope_theta, which all versions read
         write_text(folder / "config.json", json.dumps(fields, indent=2) + "\n")
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save = partial(save_file, tensors, metadata={"format": "pt"})  # transformers asks for it
+        metadata = {"format": "pt"}  # transformers asks for it
+        save = partial(save_file, self.state_dict(), metadata=metadata)
         write_whole(folder / "model.safetensors", save)
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of what was here before
 
 
 def read_tensors(folder, dtype, device):

@@ -465,10 +465,10 @@ def test_what_is_not_implemented_is_refused(family, field, value, tmp_path):
 @pytest.mark.parametrize("fields, named", [
     ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
       "text_config": {"model_type": "gemma3_text"}, "vision_config": {}},
-     "['Gemma3ForConditionalGeneration'], a model of pictures or sounds, too"),
-    ({"model_type": "llama4", "text_config": {"hidden_size": 16}}, "of pictures or sounds, too"),
-    ({"model_type": "qwen2_vl", **TINY, "vision_config": {}}, "of pictures or sounds, too"),
-    ({"model_type": "qwen2_audio", "audio_config": {}}, "of pictures or sounds, too"),
+     "['Gemma3ForConditionalGeneration']"),
+    ({"model_type": "llama4", "text_config": {"hidden_size": 16}}, "'llama4'"),
+    ({"model_type": "qwen2_vl", **TINY, "vision_config": {}}, "'qwen2_vl'"),
+    ({"model_type": "qwen2_audio", "audio_config": {}}, "'qwen2_audio'"),
     ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], **TINY}, "['Mistral"),
     ({"model_type": "phi3", **TINY, "attention_bias": True}, "'phi3'"),
     ({"model_type": "gpt2", "n_embd": 768}, "'gpt2'"),
@@ -487,7 +487,6 @@ def test_other_families_are_refused_by_name(fields, named, tmp_path):
     start = f"{path}: model_type = {fields.get('model_type')!r} is not implemented, only "
     assert message.startswith(start + ", ".join(TABLE))
     assert named in message and "\n" not in message and "argument" not in message
-    assert ("pictures" in message) == any(name.endswith("_config") for name in fields)
 
 
 def test_a_missing_field_is_named(tmp_path):
