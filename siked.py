@@ -118,7 +118,8 @@ def self_generate(student, questions, samples: int, seed: int, folder) -> list[R
     generated = []
     for start in range(0, len(questions), size):
         part = questions[start:start + size]
-        path = folder / f"self-{start}.jsonl"  # equal seeds: draws depend on the prompt, too
+        # All parts have one seed: the draws depend on the prompt as well.
+        path = folder / f"self-{start}.jsonl"
         generated += saved_rationales(path, force_strategies, student, part, samples, seed)
     return generated
 
@@ -224,39 +225,35 @@ def evaluate(student, questions, name="") -> list[dict]:
 def summarise(records) -> dict:
     """The records of `evaluate` in numbers.
 
-    accuracy, correct, total  of the free answers
-    any                       share of questions that some forced strategy gets right: no choice of
-                              strategy can bring more
-    share                     of each strategy among the free answers
-    accuracy_within           of the free answers in a strategy (None: there are none)
-    forced                    accuracy with a strategy forced
+    accuracy         of the free answers
+    any              share of questions that some forced strategy gets right: no choice of strategy
+                     can bring more
+    share            of each strategy among the free answers
+    accuracy_within  of the free answers in a strategy (None: there are none)
+    forced           accuracy with a strategy forced
     """
-    total = len(records)
-    correct = sum(record["correct"] for record in records)
     summary = {
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-        "any": sum(any(record["forced"].values()) for record in records) / total,
+        "accuracy": mean(record["correct"] for record in records),
+        "any": mean(any(record["forced"].values()) for record in records),
         "share": {},
         "accuracy_within": {},
         "forced": {},
     }
     for strategy in STRATEGIES:
         chosen = [record["correct"] for record in records if record["strategy"] == strategy]
-        summary["share"][strategy] = len(chosen) / total
-        summary["accuracy_within"][strategy] = sum(chosen) / len(chosen) if chosen else None
-        n_forced = sum(record["forced"][strategy] for record in records)
-        summary["forced"][strategy] = n_forced / total
+        summary["share"][strategy] = len(chosen) / len(records)
+        summary["accuracy_within"][strategy] = mean(chosen) if chosen else None
+        summary["forced"][strategy] = mean(record["forced"][strategy] for record in records)
     return summary
 
 
 # --------------------------------------------------------------------------------------------------
 # measures of the paper's Figure 2. With `adaptive` the teacher's share of the mix, alpha, falls
 # from round to round: the student solves more questions, and fewer need the teacher. The student is
-# compared with a round's mix twice. KL is from before the training, by what it CAN do: the mix
-# against its kept forced texts. It is small, since most of the mix is these texts. KL_free is from
-# after the training, by what it CHOOSES. It falls if the student learns to choose as the mix does
+# compared with a round's mix twice. KL compares the mix with the kept forced texts that the student
+# wrote before the training: what it CAN do. With `adaptive` KL is small, since most of the mix is
+# these texts. KL_free compares the mix with the student's free answers after the training: what it
+# CHOOSES. KL_free falls if the student learns to choose as the mix does.
 
 
 def measure(result: Round, questions, labels: dict) -> list[dict]:

@@ -14,7 +14,6 @@ Read siked.py before: it calls `train`. Sampling is in sampler.py.
 """
 import argparse
 import ctypes
-import json
 import math
 import os
 import random
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.answers import STRATEGIES
@@ -118,7 +117,7 @@ def parse_args(argv=None):
 
 
 def make_batches(examples, batch_size: int, seed: int):
-    """Endless epochs of batches of examples, in an order that depends on the seed alone.
+    """Endless epochs of batches of examples. Their order depends on the seed alone.
 
     An epoch is shuffled and cut into stretches of 64 batches. Each stretch is sorted by length, so
     that a batch holds little padding. Then the batches are shuffled.
@@ -147,15 +146,14 @@ def collate(batch):
     Padding is told by its place, never by its id: an end token may have the same id, and must be
     learned.
     """
-    T = max(len(prompt) + len(target) for prompt, target in batch) - 1
-    tokens = torch.zeros(len(batch), T, dtype=torch.int64)
-    targets = torch.full((len(batch), T), IGNORE)
-    for row, (prompt, target) in enumerate(batch):
-        ids = torch.tensor(prompt + target)
-        first = len(prompt) - 1
-        last = len(ids) - 1
-        tokens[row, :last] = ids[:-1]
-        targets[row, first:last] = ids[len(prompt):]
+    tokens = []
+    targets = []
+    for prompt, target in batch:
+        ids = prompt + target
+        tokens.append(torch.tensor(ids[:-1]))
+        targets.append(torch.tensor([IGNORE] * (len(prompt) - 1) + target))
+    tokens = pad_sequence(tokens, batch_first=True)
+    targets = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
     return tokens, targets
 
 
@@ -202,15 +200,15 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folde
     be over few tokens. Each text has one tag, so the tags of short texts would weigh more than
     those of long ones, and the student would choose strategies with short texts.
     checkpoint: a file from which a killed training goes on, to the same weights.
-    folder: which holds the student's weights as they are. Then LoRA keeps the frozen ones only in
-    the dtype of the arithmetic, and reads them again at the end.
+    folder: it holds the student's weights as they are now. With it LoRA in bfloat16 keeps the
+    frozen weights in bfloat16 alone, to save memory, and reads the float32 ones again at the end.
     ValueError if the loss is not finite.
     """
     model = student.model
     dtype = getattr(torch, args.dtype)
     model.checkpointing = args.checkpointing
     if dtype == torch.float32:
-        folder = None  # the frozen weights need not change
+        folder = None  # the frozen weights stay float32: there is nothing to read again
     if args.lora:
         model.add_lora(args.lora, args.lora_alpha, seed, dtype if folder else None)
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -227,8 +225,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folde
     for step in tqdm(range(done, steps), name, leave=False, unit="step", disable=disable):
         warmup = min(1, (step + 1) / args.warmup)
         rate = args.lr * warmup * (1 - step / steps)  # the decay is linear, too
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         parts = [collate(batch) for batch in islice(batches, args.accumulation)]
         n_trained = sum(int((targets != IGNORE).sum()) for _, targets in parts)
         loss = torch.zeros((), device=args.device)

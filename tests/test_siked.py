@@ -376,7 +376,7 @@ RECORDS = [make_record("cot", True, "cot", "more"), make_record("cot", False, "l
 def test_summary_by_hand():
     """Any: three of four questions are right in some forced strategy; the free answers, in two."""
     assert summarise(RECORDS) == {
-        "accuracy": 0.5, "correct": 2, "total": 4, "any": 0.75,
+        "accuracy": 0.5, "any": 0.75,
         "share": {"cot": 0.5, "l2m": 0, "pot": 0.25},
         "accuracy_within": {"cot": 0.5, "l2m": None, "pot": 1},
         "forced": {"cot": 0.25, "l2m": 0.5, "pot": 0.5}}
