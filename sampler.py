@@ -106,13 +106,20 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     """
     if temperature < 1e-6:
         return logits.max(-1).indices  # argmax is three times slower in bfloat16 on a CPU
+    if top_p == 1:  # all ids, so there is nothing to sort
+        return draw_places((logits.float() / temperature).softmax(-1), uniforms)
     V = logits.shape[1]
     M = V if logits.is_cuda else min(looked_at, V)
-    scaled = logits.float() / temperature
-    if top_p == 1:  # all ids, so there is nothing to sort
-        return draw_places(scaled.softmax(-1), uniforms)
-    top, ids = scaled.topk(M)                                               # (B, M), falling
-    probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()                # (B, M)
+    top, ids = logits.topk(M)                                               # (B, M), falling
+    highest = top[:, :1].float()                                                    # (B, 1)
+
+    def weigh(values):
+        """In proportion to their probabilities; 1 for the highest logit, so nothing overflows."""
+        return ((values.float() - highest) / temperature).exp()
+
+    pieces = logits.split(V if logits.is_cuda else 4096, dim=1)  # they stay in a CPU's cache
+    total = sum(weigh(piece).sum(-1, keepdim=True) for piece in pieces)             # (B, 1)
+    probabilities = weigh(top) / total                                              # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
     ids, order = ids.sort()  # topk's order of equally likely ids depends on M; the draw must not

@@ -184,10 +184,9 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
             slope.scatter_add_(1, target, slope.new_full(target.shape, -scale))
             slope = slope.to(piece.dtype)
             slopes.append(slope @ weight)
-            if parameter.requires_grad and piece.dtype == parameter.dtype:
-                parameter.grad.addmm_(slope.T, piece)  # without a second (V, C) in memory
-            elif parameter.requires_grad:
-                parameter.grad += slope.T @ piece
+            if parameter.requires_grad:  # some rows at a time: without a second (V, C) in memory
+                for rows, part in zip(parameter.grad.split(8192), slope.T.split(8192)):
+                    rows += part @ piece
     states.backward(torch.cat(slopes))
     return loss
 
@@ -211,6 +210,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folde
         folder = None  # the frozen weights stay float32: there is nothing to read again
     if args.lora:
         model.add_lora(args.lora, args.lora_alpha, seed, dtype if folder else None)
+    model.model.embed_tokens.sparse = True  # or each batch would make a second gradient of (V, C)
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)  # also in a process that gets no batch
