@@ -384,7 +384,7 @@ class Decoder(nn.Module):
     """A decoder-only language model. Its parameters are named as in the checkpoint.
 
     `Decoder(config)` has fresh weights: normal with standard deviation initializer_range, biases 0,
-    norms that change nothing. They come from torch's global generator: call torch.manual_seed.
+    norm weights 1 (of Gemma 0). They come from torch's global generator: call torch.manual_seed.
     """
     checkpointing = False  # True: the backward pass computes each layer again, to save memory
 
@@ -434,7 +434,7 @@ class Decoder(nn.Module):
             S = cache.keys_seen(T)
             positions = cache.lengths[:, None] + positions       # (B, T)
         x = self.model.embed_tokens(tokens)                      # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):  # else each layer's sums would be in float32
+        if torch.is_autocast_enabled(x.device.type):  # or each Layer's x + y would be float32: slow
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if config.family.scale_embedding:
             scale = math.sqrt(config.hidden_size)

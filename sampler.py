@@ -10,8 +10,8 @@ tail is that last id, then the tag if a strategy is forced. So no tail is empty:
 last id gives the first token. All prompts of a question have one stem.
 
 Texts differ in length, so the batch is kept full. `stream` does, in this order:
-    refill  The next samples take the free rows. A refill feeds each stem once, and copies its cache
-            to the rows of all its tags and samples. Then one pass feeds each row its tail.
+    refill  The next samples take the free rows. A refill feeds each stem once, copies its cache for
+            each of its tags and samples, feeds their tails in one pass, and fills the free rows.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -122,7 +122,7 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     probabilities = weigh(top) / total                                              # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
-    ids, order = ids.sort()  # topk's order of equally likely ids depends on M; the draw must not
+    ids, order = ids.sort()  # by id: the order of equally likely ones would depend on M
     weights = probabilities.where(inside, 0).gather(1, order)                       # (B, M)
     places = draw_places(weights, uniforms)                                         # (B,)
     tokens = ids.gather(1, places[:, None])[:, 0]                                   # (B,)
@@ -210,9 +210,9 @@ class Batch:
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0, so that they do not make S larger.
 
-        They cannot run past the cache's end. No row begins between two refills, so max_new_tokens
-        steps after a refill all its texts are over. By then the next refill has set the free rows
-        back to place 0, or a shrink has dropped them, or all the sampling is done."""
+        They cannot run past the cache's end: no row begins between two refills, so these are at
+        most max_new_tokens steps apart, and each sets the free rows back to place 0. After the last
+        refill all is over within as many steps."""
         self.cache.set_lengths(rows, 0)
 
     def keep(self, rows):
@@ -375,7 +375,7 @@ class Student:
     """A model with its tokenizer: questions in, texts out.
 
     Prompt and target are encoded separately and joined as ids, in training and in sampling alike:
-    so a forced "[cot]:" is a prefix of what was trained. No prompt ends in a space: that belongs to
+    so a forced "[cot]:" is a prefix of what was trained. No tag ends in a space: a space belongs to
     the next word's token.
     """
 

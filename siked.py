@@ -57,7 +57,7 @@ def siked(student, data: Data, train, folders, mode="adaptive", samples=1, keep=
     data     questions to train on, the teacher's rationales (step 0), sets to evaluate on
     train    function(student, rationales, folder, seed): trains the student, saves it in the folder
     folders  one for each round. What a step computes is a file there, and is not computed again: a
-             killed run goes on where it was, and its result is the same.
+             killed run goes on where it was, and on a CPU its result is the same.
     mode     one of MIXES, see `mix`
     samples  K, the texts that the student writes per question and strategy; 0 in a control, which
              trains on the teacher's alone
@@ -118,7 +118,7 @@ def self_generate(student, questions, samples: int, seed: int, folder) -> list[R
     generated = []
     for start in range(0, len(questions), size):
         part = questions[start:start + size]
-        # All parts have one seed: the draws depend on the prompt as well.
+        # One seed for all parts: a text's draws depend on its prompt, too.
         path = folder / f"self-{start}.jsonl"
         generated += saved_rationales(path, force_strategies, student, part, samples, seed)
     return generated
@@ -316,7 +316,8 @@ def room_to_choose(generated, questions) -> float | None:
     accuracy = {}
     for strategy in STRATEGIES:
         accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in by_id)
-    ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)  # max takes the first of equal ones
+    # Where a half finds two strategies equally good, the one that is better on all counts.
+    ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)
     scores = []
     for id in by_id:
         for half in (0, 1):  # every other text

@@ -184,7 +184,7 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
             slope.scatter_add_(1, target, slope.new_full(target.shape, -scale))
             slope = slope.to(piece.dtype)
             slopes.append(slope @ weight)
-            if parameter.requires_grad:  # some rows at a time: without a second (V, C) in memory
+            if parameter.requires_grad:  # some rows at a time: no second gradient of (V, C)
                 for rows, part in zip(parameter.grad.split(8192), slope.T.split(8192)):
                     rows += part @ piece
     states.backward(torch.cat(slopes))
@@ -213,7 +213,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folde
     model.model.embed_tokens.sparse = True  # or each batch would make a second gradient of (V, C)
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)  # also in a process that gets no batch
+        parameter.grad = torch.zeros_like(parameter)  # what each batch adds to, sparse or not
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), fused=True,
                                   weight_decay=args.weight_decay)
     done = 0
