@@ -1,0 +1,87 @@
+"""Tests data/room.py: can the choice of a strategy be learned from the words of the questions?"""
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.files import Question, Rationale, write_lines
+from data.room import gain_of_choice, success_rates, word_features, words_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RIGHT = {"cot": "Final answer: 5", "l2m": "Final answer: 5", "pot": "answer = 5"}
+WRONG = {"cot": "Final answer: 6", "l2m": "no number", "pot": "answer = 6"}
+
+
+def make_questions(count, seed=0):
+    """One half is about apples, the other about pears; the other words are by chance."""
+    rng = random.Random(seed)
+    names = [f"name{c}" for c in "abcdefghij"]
+    questions = []
+    for i in range(count):
+        fruit = ("apples", "pears")[i % 2]
+        text = f"{rng.choice(names)} gives {rng.randint(2, 99)} {fruit} to {rng.choice(names)}."
+        questions.append(Question(str(i), text, 5))
+    return questions
+
+
+def test_a_choice_that_a_word_tells_is_learned():
+    """cot is right on apples, pot on pears, l2m on neither: each alone gets half, the choice all."""
+    questions = make_questions(100)
+    rates = np.array([[1, 0, 0], [0, 0, 1]] * 50, dtype=float)
+    assert gain_of_choice(word_features(questions), rates, 1) == pytest.approx(0.5)
+
+
+def test_chance_is_not_learned():
+    """Which strategy is right has nothing to do with the words: there is nothing to gain. Who looked
+    at the answers of the questions that are chosen for would know them by heart."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 400)) / 20
+    rates = rng.integers(0, 2, (200, 3)).astype(float)
+    rates[:, 2] = 1 - (np.arange(200) % 5 == 0)  # pot: 80 %
+    assert gain_of_choice(features, rates, 0.1) <= 0.01
+
+
+def test_success_rates_by_hand():
+    questions = make_questions(2)
+    texts = [Rationale("1", "cot", RIGHT["cot"]), Rationale("0", "cot", RIGHT["cot"]),
+             Rationale("1", "cot", WRONG["cot"]), Rationale("0", "cot", RIGHT["cot"])]
+    texts += [Rationale(id, way, WRONG[way]) for id in "01" for way in ("l2m", "pot")]
+    assert success_rates(questions, texts).tolist() == [[1, 0, 0], [0.5, 0, 0]]
+
+
+def test_numbers_are_one_word():
+    question = Question("1", "She had 3,000 pens, 2.5 of 10.", 5)
+    assert words_of(question) == {"she", "had", "0", "pens", "of", ("she", "had"), ("had", "0"),
+                                  ("0", "pens"), ("pens", "0"), ("0", "of"), ("of", "0")}
+
+
+def run(*flags):
+    command = [sys.executable, ROOT / "data/room.py", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+def test_the_command_reads_a_run_folder(tmp_path):
+    questions = make_questions(60)
+    lines = [{"id": q.id, "question": q.text, "answer": "5"} for q in questions]
+    write_lines(tmp_path / "train.jsonl", lines + [{"id": "x", "question": "?", "answer": "1"}])
+    texts = []
+    for i, question in enumerate(questions):
+        for way in RIGHT:
+            text = RIGHT if way == ("cot", "pot")[i % 2] else WRONG
+            texts.append(Rationale(question.id, way, text[way], "student"))
+    write_lines(tmp_path / "self-0.jsonl", texts[:90])
+    write_lines(tmp_path / "self-30.jsonl", texts[90:])
+    done = run(tmp_path, "--data", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *rows = done.stdout.splitlines()
+    assert first == "60 questions, 180 own texts; right, in %: cot 50.0, l2m 0.0, pot 50.0"
+    assert len(rows) == 4 and "+50.0 points" in rows[0]
+
+
+def test_a_folder_without_own_texts_is_named(tmp_path):
+    done = run(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"room.py: {tmp_path}: there is no self-*.jsonl, the own texts of a round\n"
