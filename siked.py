@@ -316,7 +316,7 @@ def room_to_choose(generated, questions) -> float | None:
     accuracy = {}
     for strategy in STRATEGIES:
         accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in by_id)
-    # Where a half finds two strategies equally good, the one that is better on all counts.
+    # Where a half finds two strategies equally good, the one that is better over all texts.
     ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)
     scores = []
     for id in by_id:
