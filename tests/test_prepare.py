@@ -1,6 +1,7 @@
 """Tests of data/prepare.py on small raw files of each format:  python -m pytest tests/test_prepare.py"""
 import hashlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_a_set_can_be_split(tmp_path):
     run("svamp", "--source", raw, "--out", tmp_path / "whole")
     again = run("svamp", "--source", raw, "--train", 1, "--out", tmp_path / "whole", code=2)
     assert "svamp.jsonl: it holds the questions to train on" in again
+
+
+def test_a_part_can_be_drawn(tmp_path):
+    """Always the same one: the numbers in the README are of it."""
+    raw = tmp_path / "raw"
+    raw.write_text(asdiv(*map(str, range(30))))
+    run("asdiv", "--source", raw, "--out", tmp_path / "all")
+    run("asdiv", "--source", raw, "--draw", 7, "--out", tmp_path / "drawn")
+    lines = (tmp_path / "all/asdiv.jsonl").read_text().splitlines()
+    drawn = (tmp_path / "drawn/asdiv.jsonl").read_text().splitlines()
+    assert drawn == random.Random(0).sample(lines, 7)
+    for n in (0, 31):
+        named = run("asdiv", "--source", raw, "--draw", n, "--out", tmp_path / "no", code=2)
+        assert f"--draw {n}: must be between 1 and 30" in named
+    both = ("--draw", 1, "--train", 1)
+    assert "not with --train" in run("svamp", "--source", raw, *both, "--out", tmp_path, code=2)
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_has_not_one_numeric_answer_is_left_out_and_named(tmp_path):
