@@ -111,7 +111,7 @@ class Config:
         if self.layer_types is None:
             n_sliding = (self.sliding_window_pattern or 1) - 1  # before each full layer
             cycle = ["sliding_attention"] * n_sliding + ["full_attention"]
-            self.layer_types = (self.num_hidden_layers * cycle)[:self.num_hidden_layers]
+            self.layer_types = (cycle * self.num_hidden_layers)[:self.num_hidden_layers]
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(known):
             raise ValueError(f"layer_types = {self.layer_types} must be one of {known} per layer")
 
@@ -125,7 +125,8 @@ class Config:
         try:
             fields = read_json(path)
             model_type = fields.get("model_type")
-            if model_type not in list(FAMILIES):  # said first: its fields may have other names
+            # Checked first: another type's fields may have other names. It may be any JSON: list().
+            if model_type not in list(FAMILIES):
                 raise ValueError(f"model_type = {model_type!r} is not implemented, only "
                                  f"{', '.join(FAMILIES)}; its architectures: "
                                  f"{fields.get('architectures')}")
@@ -136,7 +137,7 @@ class Config:
             if model_type.startswith("gemma"):
                 known["hidden_act"] = fields.get("hidden_activation")  # its name there
             return cls(**known | read_rope(fields), extra=fields)
-        except (ValueError, TypeError, AttributeError) as error:  # a field is missing, say
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -174,7 +175,7 @@ def rope_frequencies(base, D, scaling, device=None):
     """Radians per position by which each pair of a head's numbers turns, (D/2,): see `rotate`.
 
     scaling: in Llama 3.1 and later (arXiv 2407.21783) a pair that makes fewer than low_freq_factor
-    turns within original_max_position_embeddings positions turns `factor` times slower. One that
+    turns within original_max_position_embeddings positions is slowed down by `factor`. One that
     makes more than high_freq_factor turns stays as it is. In between the two are blended.
     """
     frequencies = 1 / base ** (torch.arange(0, D, 2, device=device).float() / D)
@@ -266,7 +267,8 @@ def attend_fused(q, k, v, mask, scale):
     (B, H_kv, S, D), S > T."""
     B, H, T, D = q.shape
     if T == 1:
-        # Laid out as above: several times as fast. All are at one position: no causal mask.
+        # Laid out as in `attend`: several times as fast. All these queries are at one position, so
+        # the mask, if there is one, (B, 1, 1, S), fits them all.
         q = q.view(B, k.shape[1], -1, D)                    # (B, H_kv, H / H_kv, D)
     y = F.scaled_dot_product_attention(
         q, k, v,
@@ -399,7 +401,7 @@ class Decoder(nn.Module):
         # Tied: there is no second matrix, so two can never come apart.
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # no LoRA
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -550,8 +552,8 @@ class Decoder(nn.Module):
 def read_tensors(folder, dtype, device):
     """name -> tensor, of one file or of the shards that an index names. Errors name the file.
 
-    As in transformers, the one file comes first: an index beside it may be older. And of an index
-    only the files count: it may name a tied lm_head.weight that none of them holds.
+    As in transformers, the one file comes first: an index beside it may be older. Of an index only
+    the names of the files are used: it may list a tied lm_head.weight that none of them holds.
     """
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]

@@ -5,13 +5,13 @@ is a model with its tokenizer.
                      stop_ids=[2])
     texts[0][3]    # sample 3 of prompt 0: a list of ids, without the stop id
 
-A prompt is a pair (stem, tail). The stem is the question in its template, but for the last id. The
-tail is that last id, then the tag if a strategy is forced. So no tail is empty: the state of its
-last id gives the first token. All prompts of a question have one stem.
+A prompt is a pair (stem, tail). The stem is the question in its template, without the last id. The
+tail is that id, then the tag if a strategy is forced. So no tail is empty: the model's state at the
+end of the tail gives the text's first token. All prompts of a question have one stem.
 
 Texts differ in length, so the batch is kept full. `stream` does, in this order:
-    refill  The next samples take the free rows. A refill feeds each stem once, copies its cache for
-            each of its tags and samples, feeds their tails in one pass, and fills the free rows.
+    refill  The next samples take the free rows. A refill feeds each new stem once, copies its cache
+            for each of its tags and samples, feeds their tails in one pass, and fills the rows.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -44,7 +44,8 @@ class KVCache:
     """The keys and values of every layer, for the tokens that each row has fed.
 
     Key j of a row is at its place j, whatever the other rows' lengths are. From `lengths` on there
-    are zeros or leftovers, which the mask hides. They must be numbers: 0 * NaN is NaN.
+    are zeros or leftovers, which the mask hides: they are multiplied by 0. So they must be numbers,
+    for 0 * NaN is NaN.
     """
 
     def __init__(self, config, rows, capacity, like, block=1):
@@ -69,6 +70,7 @@ class KVCache:
         keys, values = self.layers[index]                                           # views
         rows = torch.arange(len(k), device=k.device)[:, None]                       # (B, 1)
         places = self.lengths[:, None] + torch.arange(T, device=k.device)           # (B, T)
+        # Indices around a slice: their dimensions, (B, T), come first.
         keys[rows, :, places] = k.transpose(1, 2)                               # (B, T, H_kv, D)
         values[rows, :, places] = v.transpose(1, 2)
         return keys[:, :, :S], values[:, :, :S]
@@ -122,7 +124,7 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     probabilities = weigh(top) / total                                              # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
-    ids, order = ids.sort()  # by id: the order of equally likely ones would depend on M
+    ids, order = ids.sort()  # topk's order of equally likely ids depends on M, and the draw on it
     weights = probabilities.where(inside, 0).gather(1, order)                       # (B, M)
     places = draw_places(weights, uniforms)                                         # (B,)
     tokens = ids.gather(1, places[:, None])[:, 0]                                   # (B,)
@@ -210,9 +212,9 @@ class Batch:
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0, so that they do not make S larger.
 
-        They cannot run past the cache's end: no row begins between two refills, so these are at
-        most max_new_tokens steps apart, and each sets the free rows back to place 0. After the last
-        refill all is over within as many steps."""
+        They cannot run past the cache's end. Every row that runs after a refill ends within
+        max_new_tokens steps. By then the next refill sets the free rows back to place 0, or all is
+        over."""
         self.cache.set_lengths(rows, 0)
 
     def keep(self, rows):
@@ -246,7 +248,7 @@ class Batch:
             if cuda_graphs and self.tokens.is_cuda:
                 self.graphs[S] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graphs[S], pool=self.pool):  # one memory for all graphs
-                    self.step()
+                    self.step()  # noted down, not done: no tensor changes
         self.cache.longest += 1  # a number of Python, which a recorded step leaves as it is
         return self.tokens.tolist()
 
@@ -325,8 +327,8 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
 
 def line_up(prompts, n):
     """All (prompt, sample). They are taken from the end, so the longest prompts stand there: these
-    tend to get long texts, and the batch should not end on one. Equal stems are neighbours, and
-    among their tails those of equal length."""
+    tend to get long texts, and the batch should not end on one. Equal stems stand together, and so
+    do, behind one stem, tails of equal length."""
     def key(i):
         stem, tail = prompts[i]
         return len(stem), stem, len(tail), tail
@@ -358,10 +360,13 @@ def check_arguments(model, prompts, n, max_new_tokens, temperature, top_p, stop_
     ]
     ranges += [("stop id", id, 0, last_id) for id in stop_ids]
     for i, (stem, tail) in enumerate(prompts):
-        ranges += [(f"the length of prompt {i}", len(stem + tail), 1, room)]
-        ranges += [(f"the length of the tail of prompt {i}", len(tail), 1, room)]
-        ranges += [(f"an id of prompt {i}", min(stem + tail, default=0), 0, last_id)]
-        ranges += [(f"an id of prompt {i}", max(stem + tail, default=0), 0, last_id)]
+        ids = stem + tail
+        ranges += [
+            (f"the length of prompt {i}", len(ids), 1, room),
+            (f"the length of the tail of prompt {i}", len(tail), 1, room),
+            (f"an id of prompt {i}", min(ids, default=0), 0, last_id),
+            (f"an id of prompt {i}", max(ids, default=0), 0, last_id),
+        ]
     for name, value, least, greatest in ranges:
         if not least <= value <= greatest:
             raise ValueError(f"{name} = {value} must be between {least} and {greatest}")
@@ -380,18 +385,18 @@ class Student:
     """
 
     def __init__(self, folder, max_new_tokens=512, rows=256, dtype=torch.float32, device="cpu",
-                 weights=torch.float32, template="{question}\n"):
+                 weights_dtype=torch.float32, template="{question}\n"):
         """Reads a Hugging Face folder. FileNotFoundError or ValueError names what is wrong.
 
-        rows: texts written at once. dtype: what sampling computes in. weights: their dtype; to be
-        trained they must be float32. template: of a prompt; a chat model's has tags.
+        rows: texts written at once. dtype: what sampling computes in. weights_dtype: to be trained
+        they must be float32. template: of a prompt; a chat model's has tags.
         """
         folder = Path(folder)
         self.folder = folder
         self.max_new_tokens = max_new_tokens
         self.rows = rows
         self.dtype = dtype
-        self.model = Decoder.from_pretrained(folder, weights, device)
+        self.model = Decoder.from_pretrained(folder, weights_dtype, device)
         path = folder / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_buffer(path.read_bytes())
@@ -440,7 +445,7 @@ class Student:
                 ids.append(self.specials[part])
             else:
                 ids += self.encode(part.replace("{question}", question.text))
-        first = self.tokenizer.encode("").ids
+        first = self.tokenizer.encode("").ids  # what comes before every text: <bos>, or nothing
         if ids[:len(first)] != first:
             ids = first + ids
         tail = ids[-1:]
@@ -469,7 +474,10 @@ class Student:
         )
         answers = []
         for row in samples:
-            texts = [self.tokenizer.decode(ids).strip() for ids in row]
-            finished = [len(ids) < self.max_new_tokens for ids in row]
-            answers.append(list(zip(texts, finished)))
+            pairs = []
+            for ids in row:
+                text = self.tokenizer.decode(ids).strip()
+                finished = len(ids) < self.max_new_tokens
+                pairs.append((text, finished))
+            answers.append(pairs)
         return answers

@@ -46,7 +46,7 @@ class Round:
     number: int
     generated: list[Rationale]      # what the student wrote
     own: list[Rationale]            # the part of it that was kept
-    training_mix: list[Rationale]   # what it was then given; `train` leaves out too long texts
+    training_mix: list[Rationale]   # what it was then trained on
     results: dict[str, list[dict]]  # evaluation set -> what `evaluate` returns
 
 
@@ -64,19 +64,19 @@ def siked(student, data: Data, train, folders, mode="adaptive", samples=1, keep=
     keep     at most so many correct own texts per question and strategy enter the mix
     """
     questions = data.questions
-    teacher = filter_correct(data.teacher, questions)               # step 1: filter
-    train(student, teacher, folders[0], 1000 * seed)                # step 2: distil
+    teacher_texts = filter_correct(data.teacher, questions)         # step 1: filter
+    train(student, teacher_texts, folders[0], 1000 * seed)          # step 2: distil
     results = evaluate_sets(student, data.sets, folders[0])         # step 6: evaluate
-    yield Round(0, [], [], teacher, results)
+    yield Round(0, [], [], teacher_texts, results)
 
     for number, folder in enumerate(folders[1:], start=1):          # step 7: repeat
         round_seed = 1000 * seed + number
         generated = self_generate(student, questions, samples, round_seed, folder)      # step 3
-        own = filter_correct(generated, questions, keep)            # step 1 again: filter
-        training_mix = mix(teacher, own, mode)                      # step 4: mix
+        own_texts = filter_correct(generated, questions, keep)      # step 1 again: filter
+        training_mix = mix(teacher_texts, own_texts, mode)          # step 4: mix
         train(student, training_mix, folder, round_seed)            # step 5: retrain
         results = evaluate_sets(student, data.sets, folder)         # step 6: evaluate
-        yield Round(number, generated, own, training_mix, results)
+        yield Round(number, generated, own_texts, training_mix, results)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,7 +118,8 @@ def self_generate(student, questions, samples: int, seed: int, folder) -> list[R
     generated = []
     for start in range(0, len(questions), size):
         part = questions[start:start + size]
-        # One seed for all parts: a text's draws depend on its prompt, too.
+        # One seed serves all parts: a text's draws depend on its prompt, too (make_generator in
+        # sampler.py), so no part repeats another.
         path = folder / f"self-{start}.jsonl"
         generated += saved_rationales(path, force_strategies, student, part, samples, seed)
     return generated
@@ -195,14 +196,14 @@ def evaluate(student, questions, name="") -> list[dict]:
 
     id, kind   of the question
     strategy   that the student chose (None: it named no known one, and is wrong)
-    text       of the free answer
+    text       of the free answer, without the tag
     correct    is the free answer correct?
     forced     strategy -> is the forced answer correct?
     """
     asked = [(question, way) for question in questions for way in (None, *STRATEGIES)]
     answers = student.answer(asked, progress=f"evaluate {name}")
     texts = {}  # (question, strategy or None: free) -> the answer
-    for pair, [(text, finished)] in zip(asked, answers):
+    for pair, [(text, _)] in zip(asked, answers):  # one text each
         texts[pair] = text
 
     records = []
@@ -270,13 +271,10 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
     KL_free    KL(P_mix || P_free)
     room       what choosing could bring to the student before this training: `room_to_choose`
     """
+    held_out = result.results.get("held-out", [])
     mixed = shares(rationale.strategy for rationale in result.training_mix)
-    own = None
-    free = None
-    if result.own:
-        own = shares(rationale.strategy for rationale in result.own)
-    if "held-out" in result.results:
-        free = shares(record["strategy"] for record in result.results["held-out"])
+    own = shares(rationale.strategy for rationale in result.own)
+    free = shares(record["strategy"] for record in held_out)
     n_teacher = sum(rationale.source == "teacher" for rationale in result.training_mix)
     figures = {
         "alpha": n_teacher / max(1, len(result.training_mix)),
@@ -297,7 +295,7 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
 
 
 def room_to_choose(generated, questions) -> float | None:
-    """How much more a choice per question gets right than the best single strategy for all.
+    """How much more a choice per question gets right than the best one strategy for all questions.
 
     For each question, one half of its texts picks a strategy: the one that is right most often in
     this half. The other half says how often that strategy is right. Then the halves change places.
@@ -316,32 +314,35 @@ def room_to_choose(generated, questions) -> float | None:
     accuracy = {}
     for strategy in STRATEGIES:
         accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in by_id)
-    # Where a half finds two strategies equally good, the one that is better over all texts.
-    ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)
+    ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)  # the best over all texts first
     scores = []
     for id in by_id:
         for half in (0, 1):  # every other text
             rates = {}
             for strategy in STRATEGIES:
                 rates[strategy] = mean(verdicts[id, strategy][half::2])
-            chosen = max(ranked, key=rates.get)
-            scores.append(mean(verdicts[id, chosen][1 - half::2]))
+            chosen = max(ranked, key=rates.get)  # of equally good ones the first
+            other_half = 1 - half
+            scores.append(mean(verdicts[id, chosen][other_half::2]))
     return mean(scores) - max(accuracy.values())
 
 
-def shares(strategies) -> dict[str, float]:
-    """The distribution over strategies of a list of their names; other names are passed over.
+def shares(strategies) -> dict[str, float] | None:
+    """The distribution over strategies of a list of their names; other names are passed over. None
+    if there are no others.
 
     Half a text is added to every count, so that no share is 0 and no divergence infinite.
     """
-    counts = Counter(strategies)
-    total = sum(counts[strategy] + 0.5 for strategy in STRATEGIES)
+    counts = Counter(strategy for strategy in strategies if strategy in STRATEGIES)
+    if not counts:
+        return None
+    total = counts.total() + 0.5 * len(STRATEGIES)
     return {strategy: (counts[strategy] + 0.5) / total for strategy in STRATEGIES}
 
 
 def divergence(p, q) -> float | None:
     """The Kullback-Leibler divergence KL(p || q) of two distributions over strategies, in nats.
-    None if q is not known."""
-    if q is None:
+    None if one of them is not known."""
+    if p is None or q is None:
         return None
     return sum(p[strategy] * math.log(p[strategy] / q[strategy]) for strategy in STRATEGIES)

@@ -39,10 +39,10 @@ from sampler import Student
 from siked import MIXES, measure, siked
 
 HERE = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK", 0))         # of torchrun: which of its processes this is,
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+RANK = int(os.environ.get("RANK", 0))         # under torchrun: the number of this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes
 IGNORE = -100             # the target where there is nothing to learn: questions and padding
-LOGITS_AT_ONCE = 2 ** 25  # numbers: 128 MiB
+LOGITS_AT_ONCE = 2 ** 25  # float32 numbers, 128 MiB
 
 FLAGS = (  # name, default, least value, meaning
     ("--model", HERE / "data/student", None, "the student: a Hugging Face folder or owner/name"),
@@ -56,7 +56,7 @@ FLAGS = (  # name, default, least value, meaning
     ("--epochs", 2.0, 1e-6, "passes over the mix per round"),
     ("--batch-size", 4, 1, "examples in one forward pass"),
     ("--accumulation", 4, 1, "forward passes per optimizer step"),
-    ("--lr", 2e-3, 0, "learning rate; with LoRA 2e-4, all weights of billions 1e-5"),
+    ("--lr", 2e-3, 0, "learning rate; give 2e-4 or so with LoRA, 1e-5 for all weights of billions"),
     ("--lora", 0, 0, "rank of LoRA adapters; 0: train all weights"),
     ("--prompt", r"{question}\n", None, r"what the student reads; \n is a line break"),
     ("--rows", 256, 1, "texts written at once; fewer need less memory"),
@@ -66,7 +66,7 @@ SETTINGS = {
     "warmup": 20,          # optimizer steps
     "weight_decay": 0.01,
     "lora_alpha": 32,      # the adapters' output is multiplied by lora_alpha / rank
-    "max_length": 512,     # tokens; longer examples are left out
+    "max_length": 512,     # tokens; longer texts of the teacher are left out
     "keep": 1,             # own texts per question and strategy in a mix
     "held_out": 0.1,       # share of the training questions, to choose settings on
     "save_minutes": 10,    # between two checkpoints of a training
@@ -93,9 +93,9 @@ def parse_args(argv=None):
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="computes in [float32]")
     add("--mix", choices=MIXES, default="adaptive", help="step 4: what is trained on [adaptive]")
     add("--compare", nargs="*", choices=COMPARED, metavar="RUN",
-        help=f"also run these other mixes and controls, of {', '.join(COMPARED)} [all of them]")
+        help=f"also run these other mixes and controls; without names all: {', '.join(COMPARED)}")
     add("--preset", choices=PRESETS, help=f"other defaults: {PRESETS}")
-    preset = parser.parse_known_args(argv)[0].preset
+    preset = parser.parse_known_args(argv)[0].preset  # read first: it changes the defaults
     parser.set_defaults(**(SETTINGS | PRESETS.get(preset, {})))
     args = parser.parse_args(argv)
     for name, _, least, _ in FLAGS:
@@ -143,8 +143,8 @@ def collate(batch):
         prompt p q, target x y z    tokens   p q x y
                                     targets  - x y z
 
-    Padding is told by its place, never by its id: an end token may have the same id, and must be
-    learned.
+    Padding is recognised by its place, never by its id: an end token may have the same id, and must
+    be learned.
     """
     tokens = []
     targets = []
@@ -158,8 +158,8 @@ def collate(batch):
 
 
 def add_gradients(model, tokens, targets, scale: float, dtype):
-    """Adds the gradient of scale * (sum of -log p(target)) to the parameters' .grad.
-    Returns that loss.
+    """Adds the gradient of scale * (sum of -log p(target)) to the parameters' .grad, which must
+    exist. Returns that loss. N: trained positions; C: width of the hidden states.
 
     The logits of a large vocabulary V would need more memory than all the rest. So the output layer
     sees the trained positions only, a piece of them at a time, and its backward pass is written
@@ -171,7 +171,7 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         states = model.hidden(tokens)[trained]                              # (N, C)
     loss = torch.zeros((), device=tokens.device)
-    slopes = []  # d loss / d states, a piece of them each
+    state_slopes = []  # d loss / d states, a tensor for each piece
     with torch.no_grad():
         parameter = model.output_weight()                                   # (V, C)
         weight = parameter.to(states.dtype)
@@ -183,37 +183,37 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
             slope = log_p.exp_().mul_(scale)                                # d loss / d logits
             slope.scatter_add_(1, target, slope.new_full(target.shape, -scale))
             slope = slope.to(piece.dtype)
-            slopes.append(slope @ weight)
+            state_slopes.append(slope @ weight)
             if parameter.requires_grad:  # some rows at a time: no second gradient of (V, C)
                 for rows, part in zip(parameter.grad.split(8192), slope.T.split(8192)):
-                    rows += part @ piece
-    states.backward(torch.cat(slopes))
+                    rows += part @ piece  # in place: they are a view of .grad
+    states.backward(torch.cat(state_slopes))
     return loss
 
 
-def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folder=None):
+def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weights_folder=None):
     """Trains the student's model in place on examples [(prompt ids, target ids)].
 
     A step takes several batches, and its loss is the mean over the trained tokens of all of them.
-    Texts of a batch have similar lengths. If a step were one batch of short texts, the mean would
-    be over few tokens. Each text has one tag, so the tags of short texts would weigh more than
-    those of long ones, and the student would choose strategies with short texts.
+    Why several? Texts of a batch have similar lengths. In a step of short texts alone the mean
+    would be over few tokens, so their tags would weigh more: a student would choose short texts.
     checkpoint: a file from which a killed training goes on, to the same weights.
-    folder: it holds the student's weights as they are now. With it LoRA in bfloat16 keeps the
-    frozen weights in bfloat16 alone, to save memory, and reads the float32 ones again at the end.
+    weights_folder: it holds the student's weights as they are now. With it LoRA in bfloat16 keeps
+    the frozen weights in bfloat16 alone, to save memory, and reads the float32 ones at the end.
     ValueError if the loss is not finite.
     """
     model = student.model
     dtype = getattr(torch, args.dtype)
     model.checkpointing = args.checkpointing
     if dtype == torch.float32:
-        folder = None  # the frozen weights stay float32: there is nothing to read again
+        weights_folder = None  # the frozen weights stay float32: there is nothing to read again
     if args.lora:
-        model.add_lora(args.lora, args.lora_alpha, seed, dtype if folder else None)
-    model.model.embed_tokens.sparse = True  # or each batch would make a second gradient of (V, C)
+        model.add_lora(args.lora, args.lora_alpha, seed, dtype if weights_folder else None)
+    # Of (V, C) few rows have a gradient. These are added to .grad, without a second (V, C).
+    model.model.embed_tokens.sparse = True
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)  # what each batch adds to, sparse or not
+        parameter.grad = torch.zeros_like(parameter)  # each batch adds to it
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), fused=True,
                                   weight_decay=args.weight_decay)
     done = 0
@@ -233,7 +233,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folde
             loss += add_gradients(model, tokens.to(args.device), targets.to(args.device),
                                   1 / n_trained, dtype)
         if WORLD > 1:
-            for tensor in (loss, *[parameter.grad for parameter in parameters.values()]):
+            for tensor in [loss] + [parameter.grad for parameter in parameters.values()]:
                 dist.all_reduce(tensor)
         if not loss.isfinite():
             raise ValueError(f"{name}: the loss of step {step + 1} of {steps} is {loss.item()}, "
@@ -249,7 +249,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, folde
             write_whole(checkpoint, lambda part: torch.save(state, part))
             saved_at = time.time()
     if args.lora:
-        model.merge_lora(folder)
+        model.merge_lora(weights_folder)
     model.zero_grad()
 
 
@@ -261,21 +261,15 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
     if not (folder / "model.safetensors").exists():
         write_lines(folder / "mix.jsonl", rationales)
         by_id = {question.id: question for question in questions}
-        examples = []
-        for rationale in rationales:
-            stem, tail = student.prompt(by_id[rationale.id])  # one prompt in two parts
-            target = student.target(rationale)
-            if len(stem + tail + target) <= args.max_length:
-                examples.append((stem + tail, target))
+        examples = [make_example(student, by_id[r.id], r) for r in rationales]
         steps = math.ceil(len(examples) * args.epochs / (args.batch_size * args.accumulation))
         if examples:
             steps = control_steps.get(folder, steps)
-            fine_tune(student, examples, steps, args, seed, folder.name, folder / "training.pt",
-                      student.folder)
+            fine_tune(student, examples, steps, args, seed, folder.name,
+                      checkpoint=folder / "training.pt", weights_folder=student.folder)
         elif folder.name == "combined":  # round 0; later mixes and controls may be empty
             raise ValueError("teacher.jsonl: no rationale is right, finished and short enough")
-        print(f"{folder.name}: trained for {steps} steps on {len(examples)} rationales; left out, "
-              f"longer than {args.max_length} tokens: {len(rationales) - len(examples)}")
+        print(f"{folder.name}: trained for {steps} steps on {len(examples)} rationales")
         if RANK == 0:
             write_text(folder / "steps.json", str(steps))
             student.save(folder)
@@ -283,10 +277,16 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
         dist.barrier()
     if RANK == 0:
         (folder / "training.pt").unlink(missing_ok=True)
-    # Read back also if it was just trained: a run that goes on takes the same path.
+    # Read back also if it was just trained: a run without a stop does the same as a resumed one.
     student.model = Decoder.from_pretrained(folder, device=args.device)
     student.folder = folder
     return_freed_memory()
+
+
+def make_example(student, question, rationale):
+    """(prompt ids, target ids)"""
+    stem, tail = student.prompt(question)  # in two parts: the sampler feeds the stem once
+    return stem + tail, student.target(rationale)
 
 
 def return_freed_memory():
@@ -341,10 +341,10 @@ def list_runs(args):
     runs = {args.mix: (args.mix, STRATEGIES)}
     if args.compare is None:
         return runs
-    for name in args.compare or COMPARED:
-        runs[name] = (name, STRATEGIES)
-        if name in STRATEGIES:
-            runs[name] = ("teacher", (name,))
+    for other in args.compare or COMPARED:
+        runs[other] = (other, STRATEGIES)
+        if other in STRATEGIES:
+            runs[other] = ("teacher", (other,))
     return runs
 
 
@@ -361,6 +361,7 @@ def train_run(name, mode, data, args, seed):
     student = SharingStudent(find_model(args.model), args.max_new_tokens, args.rows, dtype,
                              args.device, template=args.prompt)
     check_lengths(student, data)
+    data = leave_out_long(student, data, args.max_length)
     folders = list_folders(name, args, seed)
     control_steps = {}
     if mode == "teacher" and name != args.mix:  # a control takes the steps of --mix's rounds
@@ -405,12 +406,30 @@ def check_lengths(student, data):
                          f"the longest question are more than the student's {positions} positions")
 
 
+def leave_out_long(student, data, max_length):
+    """The data without the teacher's texts that are too long to train on. They go before the
+    filter, which may find a shorter one. Own texts fit: see check_lengths."""
+    max_length = min(max_length, student.model.config.max_position_embeddings)
+    by_id = {question.id: question for question in data.questions}
+    kept = []
+    for rationale in data.teacher:
+        prompt, target = make_example(student, by_id[rationale.id], rationale)
+        if len(prompt + target) <= max_length:
+            kept.append(rationale)
+    if len(kept) < len(data.teacher):
+        print(f"{len(data.teacher) - len(kept)} of the teacher's texts are left out: with their "
+              f"questions they are longer than {max_length} tokens")
+    return data._replace(teacher=kept)
+
+
 def main():
     args = parse_args()
     if WORLD > 1:
         join_processes(args)
     if RANK == 0:
         locked = open_run_folder(args)  # the folder is locked while this file object lives
+    if WORLD > 1:
+        dist.barrier()  # no process writes before that one has checked the folder
     for seed in range(args.seed, args.seed + args.seeds):
         data = read_data(args.data, args.held_out, seed)
         sizes = ", ".join(f"{name} {len(questions)}" for name, questions in data.sets.items())

@@ -677,6 +677,8 @@ def test_endless_line_is_named(refused, flags, copy_of):
     ([], "teacher.jsonl: no rationales in it"),
     (['{"id": "train-1", "strategy": "cot", "text": "Final answer: 1e9"}'],
      "teacher.jsonl: no rationale is right"),
+    ([json.dumps({"id": "train-1", "strategy": "cot", "text": 600 * "so " + "Final answer: 3"})],
+     "teacher.jsonl: no rationale is right, finished and short enough"),
 ])
 def test_teacher_without_a_right_text_is_refused(refused, flags, copy_of, lines, named):
     """A student of such a teacher would be called trained, and was never trained."""

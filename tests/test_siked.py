@@ -435,11 +435,17 @@ def test_divergence_falls_with_alpha_and_ends_at_0():
 
 
 def test_what_was_not_measured_is_none():
-    """Not 0 and not infinity. An empty mix is no division by zero either."""
+    """Not 0 and not infinity. An empty mix is no division by zero either. A student that names no
+    strategy has chosen none: it does not choose as an even mix does."""
     line = measure_mix([], TEACHER)
     assert line["alpha"] == 1
     assert [line[name] for name in ("P_student", "P_free", "KL", "KL_free", "room")] == [None] * 5
-    assert measure_mix([], [])["alpha"] == 0
+    nothing = measure_mix([], [])
+    assert nothing["alpha"] == 0 and nothing["P_mix"] is None and nothing["KL"] is None
+    own = write_texts("student", "a-cot")
+    result = Round(1, [], own, own, {"held-out": [make_record(None, False)]})
+    [line] = measure(result, [], {})
+    assert line["P_free"] is None and line["KL_free"] is None and line["KL"] == 0
 
 
 TWO = [Question("ann", "?", Fraction(7)), Question("bob", "?", Fraction(7))]

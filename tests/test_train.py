@@ -22,11 +22,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
 from data.answers import STRATEGIES
-from data.files import Question, Rationale, read_rationales
+from data.files import Data, Question, Rationale, read_rationales
 from model import Decoder
 from sampler import Student
 from train import (FLAGS, IGNORE, PRESETS, SETTINGS, add_gradients, collate, fine_tune,
-                   list_folders, list_runs, make_batches, parse_args)
+                   leave_out_long, list_folders, list_runs, make_batches, parse_args)
 
 QUESTIONS = []
 TEACHER = []
@@ -59,7 +59,7 @@ def settings(**changed) -> Namespace:
     """What fine_tune and train read of the flags and the SETTINGS. A checkpoint at every step."""
     usual = {"lr": 1e-2, "warmup": 1, "weight_decay": 0.01, "batch_size": 4, "accumulation": 1,
              "device": "cpu", "dtype": "float32", "lora": 0, "lora_alpha": 32,
-             "checkpointing": False, "save_minutes": 0, "epochs": 1, "max_length": 512}
+             "checkpointing": False, "save_minutes": 0, "epochs": 1}
     return Namespace(**usual | changed)
 
 
@@ -674,22 +674,23 @@ def test_folder_holds_the_trained_student(load, tmp_path):
     assert not (folder / "training.pt").exists()
 
 
-def test_examples_that_are_too_long_are_left_out_and_counted(load, tmp_path, capsys):
-    """Cut to size they would teach to stop in the middle; left out in silence, nobody would know.
-    They take no steps, either: --epochs counts passes over what is trained on."""
+def test_teacher_texts_that_are_too_long_are_left_out_before_the_filter_and_counted(load, capsys):
+    """Cut to size they would teach to stop in the middle; left out in silence, nobody would know. If
+    they went after the filter, a question whose first right text is long would have none."""
     student = load()
-    examples = [example_of(student, rationale) for rationale in TEACHER]
-    lengths = sorted(len(prompt + target) for prompt, target in examples)
-    limit = lengths[20]
-    kept = [example for example in examples if len(example[0] + example[1]) <= limit]
-    assert len(kept) < len(TEACHER)
-    wanted, _ = gradients_of(student.model, kept)
-    with Recorder() as record:
-        train_round(student, tmp_path / "all", max_length=limit, batch_size=len(kept))
-    [step] = record.steps
-    assert norm(step.gradients) == pytest.approx(min(1, norm(wanted)), rel=1e-3)
-    assert (f"all: trained for 1 steps on {len(kept)} rationales; left out, longer than {limit} "
-            f"tokens: {36 - len(kept)}") in capsys.readouterr().out
+    question = QUESTIONS[0]
+    texts = ["so " * 30 + "Final answer: 5", "Final answer: 5"]
+    long, short = [Rationale(question.id, "cot", text) for text in texts]
+    data = Data(QUESTIONS, [long, short], {})
+    prompt, target = example_of(student, short)
+    limit = len(prompt + target)
+    assert leave_out_long(student, data, limit).teacher == [short]
+    assert (f"1 of the teacher's texts are left out: with their questions they are longer than {limit}"
+            " tokens") in capsys.readouterr().out
+    assert leave_out_long(student, data, limit - 1).teacher == []
+    assert leave_out_long(student, data, 1000).teacher == [long, short]
+    student.model.config.max_position_embeddings = limit
+    assert leave_out_long(student, data, 1000).teacher == [short]
 
 
 @pytest.mark.parametrize("changed, steps", [
@@ -723,13 +724,12 @@ def test_round_without_anything_to_train_on_leaves_the_student_as_it_is(load, tm
         assert torch.equal(tensor, load().model.state_dict()[name])
 
 
-@pytest.mark.parametrize("rationales, changed", [([], {}), (TEACHER, {"max_length": 5})])
-def test_teacher_without_a_usable_text_is_refused(load, tmp_path, rationales, changed):
+def test_teacher_without_a_usable_text_is_refused(load, tmp_path):
     """In round 0: what comes out would be called a distilled student, and was never trained.
     Nothing that looks finished is left."""
     folder = tmp_path / "combined"
     with pytest.raises(ValueError, match="teacher.jsonl: no rationale is right, finished and"):
-        train_round(load(), folder, rationales, **changed)
+        train_round(load(), folder, [])
     assert not (folder / "model.safetensors").exists()
 
 
