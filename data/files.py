@@ -19,6 +19,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from data.answers import STRATEGIES, parse_number
+from data.hub import find_model
 
 LONGEST_LINE = 10_000_000  # bytes of a data file; a longer line is no question
 
@@ -216,18 +217,23 @@ def read_data(folder: Path, held_out: float, seed: int) -> Data:
 # the run folder
 
 
-# These may change from one start of a run to the next.
-FREE = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes", "command")
+# These may change from one start of a run to the next. Of data and model the files are compared.
+FREE = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes", "checkpointing",
+        "data", "model", "command")
 
 
 def open_run_folder(args):
     """Locks --out until this process ends, and writes args.json. ValueError if another process is
-    at work there, or if the folder holds a run of other settings or other data."""
+    at work there, or if the folder holds a run of other settings, data or weights."""
+    if args.out.resolve() == args.data.resolve():
+        raise ValueError(f"--out {args.out}: it is the folder of --data; take another")
     settings = {}
     for name, value in vars(args).items():
         settings[name] = str(value) if isinstance(value, Path) else value
     for path in list_sets(args.data):
         settings[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    for path in find_model(args.model).glob("model*.safetensors"):
+        settings[path.name] = fingerprint(path)
     args.out.mkdir(parents=True, exist_ok=True)
     locked = lock(args.out)
     if any(args.out.glob("seed-*/*/*")):
@@ -235,6 +241,18 @@ def open_run_folder(args):
     settings["command"] = " ".join(sys.argv)
     write_text(args.out / "args.json", json.dumps(settings, indent=1) + "\n")
     return locked
+
+
+def fingerprint(path: Path) -> str:
+    """Of the size and three pieces of a file: to read all of some GB takes long, and other weights
+    differ everywhere."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place in (0, size // 2, size - 2 ** 16):
+            file.seek(max(0, place))
+            digest.update(file.read(2 ** 16))
+    return digest.hexdigest()[:16]
 
 
 def lock(folder: Path):
@@ -258,7 +276,7 @@ def check_settings(folder: Path, settings: dict) -> None:
         new = settings.get(name)
         if name in FREE or old == new:
             continue
-        if name.endswith(".jsonl"):
+        if name.endswith((".jsonl", ".safetensors")):
             changed.append(f"{name} was another file")
         else:
             changed.append(f"--{name.replace('_', '-')} was {old}, is {new}")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.answers import parse_number  # noqa: E402
+from data.files import read_questions  # noqa: E402
 
 # Raw files by their public address, at a fixed commit, with their SHA-256.
 GITHUB = "https://raw.githubusercontent.com"
@@ -162,6 +163,18 @@ def parse_args():
     return args
 
 
+def check_no_leak(folder: Path, results: dict) -> None:
+    """ValueError if a set to evaluate on would hold questions that this folder trains on."""
+    path = folder / "train.jsonl"
+    if "train.jsonl" in results or not path.exists():
+        return
+    trained = {question.text for question in read_questions(path)}
+    for file, questions in results.items():
+        if trained & {question["question"] for question in questions}:
+            raise ValueError(f"{folder / file}: it would hold questions of {path}, which are "
+                             "trained on; take another --out")
+
+
 def main() -> None:
     args = parse_args()
     whole = args.out / "svamp.jsonl"
@@ -190,6 +203,7 @@ def main() -> None:
             raise ValueError(f"--train {args.train}: must be at least 1 and less than "
                              f"{len(questions)}, all questions")
         results = {"train.jsonl": questions[:args.train], "test.jsonl": questions[args.train:]}
+    check_no_leak(args.out, results)
     args.out.mkdir(parents=True, exist_ok=True)
     for file, questions in results.items():  # only now, when all of the raw files have proved whole
         lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in questions]

@@ -25,8 +25,8 @@ N_QUESTIONS = 5  # shown with all the student's texts
 RESAMPLES = 2000  # of the bootstrap
 
 LEGEND = """
-- model: its --mix and round; "combined" is round 0 of all. With --compare: "teacher" and the single
-  strategies are controls on the teacher's texts alone, with as many steps as the run of --mix
+- model: its --mix and round; "combined" is round 0 of all mixes. With --compare: "teacher" and the
+  single strategies are controls on the teacher's texts alone, with as many steps as the run of --mix
 - loss: mean of -log p over a step's trained tokens: strategy tag, rationale, end token
 - programs: how they ended. ok: with a number, right or wrong; no answer: without one; error: Python
   fails, too; refused: unknown to the evaluator, or too long; budget: too many steps or too much
@@ -388,12 +388,15 @@ def show_questions(model: Path, path: Path) -> str:
     """Some training questions, with the texts that the student wrote for the mix of a model."""
     if not path.is_file():
         return f"{path} is not there any more."
-    questions = read_questions(path)
-    mixed = read_rationales(model / "mix.jsonl", questions)
-    texts = []
     starts = [int(part.stem.removeprefix("self-")) for part in model.glob("self-*.jsonl")]
-    for start in sorted(starts):
-        texts += read_rationales(model / f"self-{start}.jsonl", questions)
+    texts = []
+    try:
+        questions = read_questions(path)
+        mixed = read_rationales(model / "mix.jsonl", questions)
+        for start in sorted(starts):
+            texts += read_rationales(model / f"self-{start}.jsonl", questions)
+    except ValueError as error:
+        return f"{path} has changed since: {error}"
     by_id = {question.id: question for question in questions}
     ids = list(dict.fromkeys(text.id for text in texts))
     step = max(1, len(ids) // N_QUESTIONS)
@@ -499,4 +502,7 @@ def draw_shares(axes, rounds) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
         sys.exit("usage: python data/report.py RUN_FOLDER: a folder that train.py made")
-    print(write_report(Path(sys.argv[1])))
+    try:
+        print(write_report(Path(sys.argv[1])))
+    except (ValueError, OSError) as error:
+        sys.exit(f"report.py: {error}")

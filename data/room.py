@@ -41,7 +41,7 @@ def success_rates(questions, texts):
 
 def words_of(question):
     """Its words and pairs of neighbours, each once. Numbers are all one word."""
-    words = re.findall(r"[a-z]+|0", re.sub(r"[0-9.,]*[0-9]", "0", question.text.lower()))
+    words = re.findall(r"[^\W\d_]+|0", re.sub(r"[0-9.,]*[0-9]", "0", question.text.lower()))
     return {*words, *zip(words, words[1:])}
 
 
@@ -50,7 +50,9 @@ def word_features(questions):
     that the mean length of a row is 1."""
     bags = [words_of(question) for question in questions]
     counts = Counter(word for bag in bags for word in bag)
-    vocabulary = [word for word in counts if counts[word] >= LEAST]
+    vocabulary = [word for word in counts if LEAST <= counts[word] < len(questions)]
+    if not vocabulary:
+        raise ValueError(f"{len(questions)} questions: no word stands in {LEAST} of them, not in all")
     features = np.array([[float(word in bag) for word in vocabulary] for bag in bags])
     features -= features.mean(axis=0)
     return features / np.sqrt((features ** 2).sum(axis=1).mean())
@@ -77,7 +79,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a round, with self-*.jsonl")
-    parser.add_argument("--data", type=Path, default=HERE / "toy", help="with train.jsonl [the toy]")
+    parser.add_argument("--data", type=Path, default=HERE / "toy",
+                        help="with train.jsonl [the toy]")
     args = parser.parse_args()
     questions = read_questions(args.data / "train.jsonl")
     texts = []

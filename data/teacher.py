@@ -50,7 +50,8 @@ FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_r
 THOUGHTS = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)
 CONTROL = r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
 ROLE = r"(?:assistant|model)\n"
-ANSWER = r"[#*_]*answer[*_]*:[*_]*|\[\w+\]:"  # "**Answer:**", "[cot]:"
+# "**Answer:**", "[cot]:"; but not "answer: int = 3", which is Python
+ANSWER = r"[#*_]*answer[*_]*:(?! *\w+ *=)[*_]*|\[\w+\]:"
 START_OF_TEXT = re.compile(rf"(?:\s*(?:{CONTROL}|{ROLE}|{ANSWER}))*", re.IGNORECASE)
 # A program in a fence. Before it may stand the name of a language.
 FENCED = re.compile(r"(`{3,}|~{3,}) *(?:py\w*|\w*(?=\s*\n))?(.*?)(?:\1|\Z)", re.DOTALL | re.I)
@@ -97,7 +98,7 @@ def clean(strategy: str, text: str) -> str:
     "Answer:", a further question, what follows the final answer, what surrounds a program."""
     text = THOUGHTS.sub("", text, count=1)
     text = text[START_OF_TEXT.match(text).end():]
-    text = re.split(CONTROL, text, 1)[0].partition(NEXT)[0].rstrip()
+    text = re.split(CONTROL, text, maxsplit=1)[0].partition(NEXT)[0].rstrip()
     for length in range(2, len(NEXT)):  # a server may leave half of its stop string
         text = text.removesuffix(NEXT[:length])
     if strategy == "pot":
@@ -201,17 +202,18 @@ def beginning(content: bytes) -> str:
     return " ".join(content[:300].decode(errors="replace").split())
 
 
-def ask_server(args, jobs, seed: int):
+def ask_server(args, jobs, n_there: int):
     """Yields (question, strategy, text, finished, tokens) in the order in which the answers come.
     Stopped, it also yields those to requests that are under way, since they are paid for.
 
-    seed: another one for every start, or a question would get the texts again that it got before a
-    stop.
+    n_there: texts that are there already. Each start has another seed, or a question would get the
+    texts again that it got before a stop.
     """
+    seed = args.seed + n_there
     jobs = iter(jobs)
     running = {}  # future -> (question, strategy)
     skipped = []
-    n_answers = 0
+    n_answers = n_there
     stopping = threading.Event()
     pool = ThreadPoolExecutor(args.in_flight)
     try:
@@ -274,8 +276,9 @@ class Teacher(Student):
         return self.stem(strategy), self.encode(ask_for(question))
 
 
-def ask_checkpoint(args, jobs, seed: int):
+def ask_checkpoint(args, jobs, n_there: int):
     """The same from a local model, --rows texts at a time. A stop loses only those."""
+    seed = args.seed + n_there
     if not jobs:
         return  # or a complete collection would read the weights for nothing
     folder = find_model(args.model)
@@ -322,8 +325,8 @@ def leave_out_long(teacher, jobs):
         if len(stem) + len(tail) <= room:
             kept.append(job)
         else:
-            print(f"{job[0].id} [{job[1]}]: left out, its prompt has {len(stem) + len(tail)} tokens; "
-                  f"with --max-new-tokens {teacher.max_new_tokens} there is room for {room}")
+            print(f"{job[0].id} [{job[1]}]: left out, its prompt has {len(stem) + len(tail)} "
+                  f"tokens; with --max-new-tokens {teacher.max_new_tokens} there is room for {room}")
     return kept
 
 
@@ -437,7 +440,7 @@ def main() -> None:
     jobs = list_jobs(args, questions, there)
     print(f"{out}: {len(there)} texts are there, {len(jobs)} to come")
     collect = ask_server if args.url else ask_checkpoint
-    answers = collect(args, jobs, args.seed + len(there))
+    answers = collect(args, jobs, len(there))
     n_tokens = 0
     bar = tqdm(total=len(jobs), unit="text", disable=None)
     with open(out, "a", encoding="utf-8") as file, bar:

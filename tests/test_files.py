@@ -329,7 +329,8 @@ def test_data_without_one_of_its_files_is_refused(tmp_path, name):
 
 def settings(tmp_path, **changed):
     """What argparse makes of the flags of train.py, or of some of them."""
-    args = {"data": tmp_path / "data", "out": tmp_path / "out", "lr": 0.002, "mix": "all",
+    args = {"data": tmp_path / "data", "model": tmp_path / "model", "out": tmp_path / "out",
+            "lr": 0.002, "mix": "all",
             "samples": 1, "iters": 1, "seeds": 1, "compare": False, "device": "cpu", "rows": 256,
             "save_minutes": 10}
     return Namespace(**args | changed)
@@ -339,6 +340,7 @@ def settings(tmp_path, **changed):
 def begun(tmp_path):
     """A run folder in which something has been trained."""
     write_data(tmp_path / "data")
+    write_text(tmp_path / "model/model.safetensors", "w" * 600_000)
     open_run_folder(settings(tmp_path))
     write_text(tmp_path / "out/seed-0/combined/training.pt", "")
     return tmp_path
@@ -368,8 +370,10 @@ def test_run_folder_goes_on_with_free_settings(begun):
                "save_minutes": 1}
     open_run_folder(settings(begun, **changed))
     assert json.loads((begun / "out/args.json").read_text()).items() >= changed.items()
-    (begun / "out").rename(begun / "moved")
-    open_run_folder(settings(begun, out=begun / "moved"))
+    for folder in ("out", "data", "model"):
+        (begun / folder).rename(begun / f"moved-{folder}")
+    open_run_folder(settings(begun, **{name: begun / f"moved-{name}"
+                                       for name in ("out", "data", "model")}))
 
 
 @pytest.mark.parametrize("name, change", [
@@ -385,6 +389,22 @@ def test_run_folder_refuses_data_that_changed(begun, name, change):
         open_run_folder(settings(begun))
 
 
+@pytest.mark.parametrize("place", [0, 300_000, 599_999])
+def test_run_folder_refuses_weights_that_changed(begun, place):
+    """A round would go on from other weights than the one before. Training changes all of a
+    file, so its two ends and its middle are looked at."""
+    path = begun / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:place] + b"!" + path.read_bytes()[place + 1:])
+    with pytest.raises(ValueError, match="model.safetensors was another file"):
+        open_run_folder(settings(begun))
+
+
+def test_run_folder_is_not_the_data_folder(begun):
+    """metrics.jsonl would be a set of questions there."""
+    with pytest.raises(ValueError, match="it is the folder of --data"):
+        open_run_folder(settings(begun, out=begun / "out/../data"))
+
+
 def test_mistyped_first_try_does_not_block_the_run_folder(tmp_path):
     """Nothing was trained with the wrong flag, so that the right one is no other setting."""
     write_data(tmp_path / "data")
@@ -398,7 +418,7 @@ def test_two_runs_in_one_folder_are_refused(begun):
     locked = open_run_folder(settings(begun))
     code = ("import sys\nfrom argparse import Namespace\nfrom pathlib import Path\n"
             "from data.files import open_run_folder\n"
-            "open_run_folder(Namespace(data=Path('data'), out=Path(sys.argv[1])))")
+            "open_run_folder(Namespace(data=Path('data'), model='model', out=Path(sys.argv[1])))")
     command = [sys.executable, "-c", code, str(begun / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode

@@ -106,6 +106,8 @@ def test_a_set_can_be_split(tmp_path):
     run("svamp", "--source", raw, "--out", tmp_path / "whole")
     again = run("svamp", "--source", raw, "--train", 1, "--out", tmp_path / "whole", code=2)
     assert "svamp.jsonl: it holds the questions to train on" in again
+    other = run("svamp", "--source", raw, "--out", tmp_path / "out", code=2)  # the other order
+    assert "it would hold questions of" in other and not (tmp_path / "out/svamp.jsonl").exists()
 
 
 def test_a_part_can_be_drawn(tmp_path):

@@ -131,6 +131,14 @@ def test_questions_are_gone(folder):
     assert "train.jsonl is not there any more" in (folder / "report.md").read_text()
 
 
+def test_questions_have_changed(folder):
+    """Made anew with fewer questions, say: all but the examples is reported."""
+    path = folder.parent / "data/train.jsonl"
+    path.write_text(path.read_text().splitlines()[0])
+    write_report(folder)
+    assert "train.jsonl has changed since: " in (folder / "report.md").read_text()
+
+
 def test_picture_where_matplotlib_is_and_one_line_where_not(folder, monkeypatch):
     host_import = builtins.__import__
 

@@ -52,6 +52,18 @@ def test_success_rates_by_hand():
     assert success_rates(questions, texts).tolist() == [[1, 0, 0], [0.5, 0, 0]]
 
 
+def test_words_of_any_alphabet_count():
+    assert words_of(Question("1", "Café: сколько?", 5)) == {"café", "сколько", ("café", "сколько")}
+
+
+def test_questions_without_a_common_word_are_refused():
+    """No words, no choice: a gain of such features would be one of chance."""
+    for texts in (["Who?", "What?"], ["Who?"] * 4):  # a word that all have tells none apart
+        questions = [Question(str(i), text, 5) for i, text in enumerate(texts)]
+        with pytest.raises(ValueError, match=f"{len(texts)} questions: no word"):
+            word_features(questions)
+
+
 def test_numbers_are_one_word():
     question = Question("1", "She had 3,000 pens, 2.5 of 10.", 5)
     assert words_of(question) == {"she", "had", "0", "pens", "of", ("she", "had"), ("had", "0"),

@@ -200,7 +200,7 @@ CLEANED = [  # strategy, text, what is kept of it
     ("cot", "Maybe 17.\n</think>\n18", "18"), ("cot", "<think>I begin to", ""),
     ("cot", "<|im_start|>assistant\nFinal answer: 3<|im_end|>\n<|im_start|>user\nHi", "Final answer: 3"),
     ("pot", "answer = 18\n<end_of_turn>", "answer = 18"), ("pot", "answer = 18<|eot_id|>", "answer = 18"),
-    ("pot", "Answer:\n" + PROGRAM, PROGRAM), ("pot", "**Answer:**\n\nanswer = 18", "answer = 18"), ("cot", "[cot]: 18", "18"),
+    ("pot", "Answer:\n" + PROGRAM, PROGRAM), ("pot", "answer: int = 18", "answer: int = 18"), ("pot", "**Answer:**\n\nanswer = 18", "answer = 18"), ("cot", "[cot]: 18", "18"),
     # fences
     ("cot", "```\n1+2\n```\nFinal answer: 3", "```\n1+2\n```\nFinal answer: 3"),
     ("pot", "Here it is:\n```python\nx = 1\nanswer = x\n```\nDone.", "x = 1\nanswer = x"),
@@ -324,6 +324,13 @@ def test_a_first_trial_without_one_text_fails(questions):
     assert "teacher.jsonl: not one text" in last and "Traceback" not in printed
     collect(questions, Server(["well"] * 17 + [400]))
     collect(questions, Server([400]))
+
+
+def test_many_refused_requests_do_not_end_a_collection_that_has_texts(questions, tmp_path):
+    """A content filter refuses the same questions at every start, and they are asked for first."""
+    collect(questions, Server(["well"] * 10 + [400] * 8))
+    collect(questions, Server([400] * 25 + ["well"] * 100), "--samples", 5)
+    assert len(read_lines(tmp_path / "teacher.jsonl")) == 20  # of 45; 10 were there
 
 
 def test_ctrl_c_writes_the_answers_under_way_and_does_not_wait_for_more(questions, tmp_path):

@@ -675,8 +675,8 @@ def test_folder_holds_the_trained_student(load, tmp_path):
 
 
 def test_teacher_texts_that_are_too_long_are_left_out_before_the_filter_and_counted(load, capsys):
-    """Cut to size they would teach to stop in the middle; left out in silence, nobody would know. If
-    they went after the filter, a question whose first right text is long would have none."""
+    """Cut to size they would teach to stop in the middle; left out in silence, nobody would know.
+    If they went after the filter, a question whose first right text is long would have none."""
     student = load()
     question = QUESTIONS[0]
     texts = ["so " * 30 + "Final answer: 5", "Final answer: 5"]
@@ -685,8 +685,8 @@ def test_teacher_texts_that_are_too_long_are_left_out_before_the_filter_and_coun
     prompt, target = example_of(student, short)
     limit = len(prompt + target)
     assert leave_out_long(student, data, limit).teacher == [short]
-    assert (f"1 of the teacher's texts are left out: with their questions they are longer than {limit}"
-            " tokens") in capsys.readouterr().out
+    assert ("1 of the teacher's texts are left out: with their questions they are longer than "
+            f"{limit} tokens") in capsys.readouterr().out
     assert leave_out_long(student, data, limit - 1).teacher == []
     assert leave_out_long(student, data, 1000).teacher == [long, short]
     student.model.config.max_position_embeddings = limit
