@@ -105,7 +105,7 @@ def parse_args(argv=None):
     args.prompt = args.prompt.replace(r"\n", "\n")
     if "{question}" not in args.prompt:
         parser.error(f"--prompt {args.prompt!r}: there must be {{question}} in it")
-    if WORLD > 1 and args.device == "cuda":
+    if WORLD > 1 and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # of torchrun: a GPU for each process
     try:
         torch.zeros(1, device=args.device)
@@ -319,7 +319,7 @@ class SharingStudent(Student):
 
 
 def join_processes(args):
-    if "cuda" in args.device:
+    if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     # A long wait is no fault: one process may write longer texts than another.
     backend = "cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo"
