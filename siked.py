@@ -302,6 +302,9 @@ def room_to_choose(generated, questions) -> float | None:
     So a lucky hit is no gain unless the other half repeats it. With few texts the pick is poor:
     then the figure is too low, even below 0. None if a question has fewer than four texts in a
     strategy (K < 4).
+
+    A student that knew which strategy works on which question would gain so much. How much of that
+    the words of a question tell is another matter: data/room.py.
     """
     by_id = {question.id: question for question in questions}
     verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?

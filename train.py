@@ -211,7 +211,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weigh
         weights_folder = None  # the frozen weights stay float32: there is nothing to read again
     if args.lora:
         model.add_lora(args.lora, args.lora_alpha, seed, dtype if weights_folder else None)
-    # Of (V, C) few rows have a gradient. These are added to .grad, without a second (V, C).
+    # The lookup gives few rows of (V, C) a gradient: no second (V, C) is made to add them to .grad.
     model.model.embed_tokens.sparse = True
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
@@ -409,7 +409,7 @@ def check_lengths(student, data):
 
 def leave_out_long(student, data, max_length):
     """The data without the teacher's texts that are too long to train on. They go before the
-    filter, which may find a shorter one. Own texts fit: see check_lengths."""
+    filter, which may find a shorter one. Own texts are never left out: see check_lengths."""
     max_length = min(max_length, student.model.config.max_position_embeddings)
     by_id = {question.id: question for question in data.questions}
     kept = []
