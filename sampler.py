@@ -11,7 +11,7 @@ end of the tail gives the text's first token. All prompts of a question have one
 
 Texts differ in length, so the batch is kept full. `stream` does, in this order:
     refill  The next samples take the free rows. A refill feeds each of its stems once, copies the
-            cache for the stem's tags and samples, feeds their tails in one pass, and fills the rows.
+            cache for the tags and samples of each, feeds their tails in one pass, fills the rows.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
