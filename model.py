@@ -109,9 +109,9 @@ class Config:
         if self.family.sliding_layers:
             known.append("sliding_attention")
         if self.layer_types is None:
-            n_sliding = (self.sliding_window_pattern or 1) - 1  # before each full layer
-            cycle = ["sliding_attention"] * n_sliding + ["full_attention"]
-            self.layer_types = (cycle * self.num_hidden_layers)[:self.num_hidden_layers]
+            every = self.sliding_window_pattern or 1  # so many-th layer is full
+            self.layer_types = ["sliding_attention" if number % every else "full_attention"
+                                for number in range(1, self.num_hidden_layers + 1)]
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(known):
             raise ValueError(f"layer_types = {self.layer_types} must be one of {known} per layer")
 
@@ -214,15 +214,14 @@ def rotate(x, cos, sin):
 # layers
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / root-mean-square(x) * weight over the last dimension (arXiv 1910.07467); in Gemma
     * (1 + weight)."""
 
     def __init__(self, size, config):
-        super().__init__()
+        super().__init__(size, config.rms_norm_eps)
         self.offset = int(config.family.norm_adds_one)
-        self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
+        nn.init.constant_(self.weight, 1 - self.offset)
 
     def forward(self, x):
         # In float32 for every dtype: a sum of squares loses too much in bfloat16.
@@ -345,7 +344,6 @@ class Layer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         C = config.hidden_size
-        self.layer_type = config.layer_types[index]
         self.sandwich_norms = config.family.sandwich_norms
         self.self_attn = Attention(config, index)
         self.mlp = MLP(config)
@@ -459,11 +457,11 @@ class Decoder(nn.Module):
             frequencies = rope_frequencies(config.rope_local_base_freq, D, None, x.device)
             inputs["sliding_attention"] = (mask, *rope_cos_sin(positions, frequencies, x.dtype))
 
-        for layer in self.model.layers:
+        for layer, layer_type in zip(self.model.layers, config.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *inputs[layer.layer_type], cache, use_reentrant=False)
+                x = checkpoint(layer, x, *inputs[layer_type], cache, use_reentrant=False)
             else:
-                x = layer(x, *inputs[layer.layer_type], cache)   # (B, T, C)
+                x = layer(x, *inputs[layer_type], cache)         # (B, T, C)
         return self.model.norm(x)
 
     def cast(self, dtype):
@@ -491,10 +489,9 @@ class Decoder(nn.Module):
                 bound = linear.in_features ** -0.5
                 A = torch.empty(rank, linear.in_features)
                 A.uniform_(-bound, bound, generator=generator)
-                B = torch.zeros(linear.out_features, rank)
                 like = self.model.norm.weight  # which keeps its dtype
                 linear.lora_A = nn.Parameter(A.to(like))
-                linear.lora_B = nn.Parameter(B.to(like))
+                linear.lora_B = nn.Parameter(like.new_zeros(linear.out_features, rank))
                 linear.lora_scale = alpha / rank
 
     @torch.no_grad()
@@ -519,18 +516,17 @@ class Decoder(nn.Module):
         with torch.device("meta"):  # shapes without memory; the tensors that are read replace them
             model = cls(Config.from_json(folder / "config.json"))
         tensors = read_tensors(folder, dtype, device)
-        head = None
-        if model.lm_head is None:
-            head = tensors.pop("lm_head.weight", None)  # tied, and yet stored, in some files
-            if head is not None:  # in some of them under this name alone
-                tensors.setdefault("model.embed_tokens.weight", head)
+        if model.lm_head is None and "lm_head.weight" in tensors:  # tied, yet stored, in some files
+            head = tensors.pop("lm_head.weight")
+            # In some of them it is there under this name alone.
+            embedding = tensors.setdefault("model.embed_tokens.weight", head)
+            if not torch.equal(head, embedding):
+                raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
+                                 "although tie_word_embeddings is true")
         try:
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:  # it names every tensor that is missing, extra or misshapen
             raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
-        if head is not None and not torch.equal(head, model.output_weight()):
-            raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
-                             "although tie_word_embeddings is true")
         return model
 
     def save_pretrained(self, folder):

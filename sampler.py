@@ -172,13 +172,13 @@ def feed(model, cache, texts):
 class Batch:
     """The tensors of the rows that are decoded together, on the model's device."""
 
-    def __init__(self, model, rows, longest, max_new_tokens, draw):
-        """longest: tokens of a prompt. draw: function(logits (B, V), uniforms (B,)) -> ids (B,)"""
+    def __init__(self, model, rows, capacity, draw):
+        """capacity: tokens per row. draw: function(logits (B, V), uniforms (B,)) -> ids (B,)"""
         weight = model.output_weight()
         self.model = model
         self.draw = draw
         block = BLOCK.get(weight.device.type, 1)
-        self.cache = KVCache(model.config, rows, longest + max_new_tokens, weight, block)
+        self.cache = KVCache(model.config, rows, capacity, weight, block)
         self.hidden = weight.new_zeros(rows, model.config.hidden_size)              # (B, C)
         self.tokens = torch.zeros_like(self.cache.lengths)                          # (B,)
         self.uniforms = torch.zeros(rows, device=weight.device)                     # (B,)
@@ -202,11 +202,12 @@ class Batch:
                 feed(self.model, self.stem_cache, self.stems)
         cache = self.new_cache(len(tails), self.stem_cache.longest + max(map(len, tails)))
         stem_rows = [self.stems.index(stem) for stem in stems]
-        cache.put(range(len(tails)), self.stem_cache, stem_rows)
+        all_rows = slice(None)
+        cache.put(all_rows, self.stem_cache, stem_rows)
         states = feed(self.model, cache, tails)                                     # (N, C)
         if states.isnan().any():
             raise ValueError("the model computes nan: its weights are broken")
-        self.cache.put(rows, cache, range(len(tails)))
+        self.cache.put(rows, cache, all_rows)
         self.hidden[rows] = states
 
     def free(self, rows):
@@ -289,7 +290,7 @@ def stream(model, prompts, *, n=1, max_new_tokens, temperature=0.0, top_p=1.0, s
     running = {}  # row -> (index of the prompt, sample, text, generator)
     B = min(batch_size, len(waiting))
     longest = max((len(stem + tail) for stem, tail in prompts), default=0)
-    batch = Batch(model, B, longest, max_new_tokens, draw)
+    batch = Batch(model, B, longest + max_new_tokens, draw)
     disable = None if progress else True  # None: no bar where there is no terminal
     bar = tqdm(total=len(waiting), desc=progress, unit="text", leave=False, disable=disable)
     while waiting or running:
@@ -333,10 +334,8 @@ def line_up(prompts, n):
         stem, tail = prompts[i]
         return len(stem), stem, len(tail), tail
 
-    waiting = []
-    for i in sorted(range(len(prompts)), key=key):
-        waiting += [(i, sample) for sample in range(n)]
-    return waiting
+    order = sorted(range(len(prompts)), key=key)
+    return [(i, sample) for i in order for sample in range(n)]
 
 
 def split_prompt(prompt):
@@ -351,25 +350,24 @@ def check_arguments(model, prompts, n, max_new_tokens, temperature, top_p, stop_
     """Raises a ValueError that names the first unusable argument and its value."""
     last_id = model.config.vocab_size - 1
     room = model.config.max_position_embeddings - max_new_tokens
-    ranges = [
-        ("n", n, 1, math.inf),
-        ("max_new_tokens", max_new_tokens, 1, math.inf),
-        ("batch_size", batch_size, 1, math.inf),
-        ("temperature", temperature, 0, 1e9),
-        ("top_p", top_p, 1e-9, 1),
-    ]
-    ranges += [("stop id", id, 0, last_id) for id in stop_ids]
+    check_range("n", n, 1, math.inf)
+    check_range("max_new_tokens", max_new_tokens, 1, math.inf)
+    check_range("batch_size", batch_size, 1, math.inf)
+    check_range("temperature", temperature, 0, 1e9)
+    check_range("top_p", top_p, 1e-9, 1)
+    for id in stop_ids:
+        check_range("stop id", id, 0, last_id)
     for i, (stem, tail) in enumerate(prompts):
         ids = stem + tail
-        ranges += [
-            (f"the length of prompt {i}", len(ids), 1, room),
-            (f"the length of the tail of prompt {i}", len(tail), 1, room),
-            (f"an id of prompt {i}", min(ids, default=0), 0, last_id),
-            (f"an id of prompt {i}", max(ids, default=0), 0, last_id),
-        ]
-    for name, value, least, greatest in ranges:
-        if not least <= value <= greatest:
-            raise ValueError(f"{name} = {value} must be between {least} and {greatest}")
+        check_range(f"the length of prompt {i}", len(ids), 1, room)
+        check_range(f"the length of the tail of prompt {i}", len(tail), 1, room)
+        check_range(f"an id of prompt {i}", min(ids), 0, last_id)
+        check_range(f"an id of prompt {i}", max(ids), 0, last_id)
+
+
+def check_range(name, value, least, greatest):
+    if not least <= value <= greatest:
+        raise ValueError(f"{name} = {value} must be between {least} and {greatest}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,10 +405,8 @@ class Student:
         # "<end>" in a question or rationale is encoded like other characters: that is what True
         # means. Only in the template it is the end token.
         self.tokenizer.encode_special_tokens = True
-        self.specials = {}  # text -> id
-        for id, token in self.tokenizer.get_added_tokens_decoder().items():
-            if token.special:
-                self.specials[token.content] = id
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: id for id, token in added.items() if token.special}
         either = "|".join(map(re.escape, self.specials)) or "$."  # which matches nothing
         self.template = re.split(f"({either})", template)
         self.stop_ids = []  # each of these ends a text; the first is the end token that is trained
@@ -458,14 +454,13 @@ class Student:
         tag = self.encode(f"[{rationale.strategy}]:")
         return tag + self.encode(" " + rationale.text) + self.stop_ids[:1]
 
-    def answer(self, asked, n=1, **settings):
-        """n texts for each (question, strategy or None): [asked][sample] -> (text, finished).
-        The settings go to `generate`."""
+    def answer(self, asked, **settings):
+        """Texts for each (question, strategy or None): [asked][sample] -> (text, finished). The
+        settings go to `generate`."""
         prompts = [self.prompt(question, strategy) for question, strategy in asked]
         samples = generate(
             self.model.cast(self.dtype),
             prompts,
-            n=n,
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.stop_ids,
             batch_size=self.rows,

@@ -23,7 +23,6 @@ Begin with `siked()`. Then read data/answers.py (what is correct?), train.py (st
 sampler.py (how the student writes) and model.py.
 """
 import math
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from statistics import fmean as mean
@@ -90,17 +89,15 @@ def filter_correct(rationales, questions, keep: int = 1) -> list[Rationale]:
     Texts that differ only in white space are duplicates.
     """
     by_id = {question.id: question for question in questions}
-    n_kept = Counter()
-    seen = set()
+    kept_texts = defaultdict(set)  # (id, strategy) -> those that are kept, with single spaces
     kept = []
     for rationale in rationales:
-        place = (rationale.id, rationale.strategy)
-        key = (place, " ".join(rationale.text.split()))
-        if not rationale.finished or key in seen or n_kept[place] == keep:
+        texts = kept_texts[rationale.id, rationale.strategy]
+        text = " ".join(rationale.text.split())
+        if not rationale.finished or text in texts or len(texts) == keep:
             continue
         if is_correct(rationale.strategy, rationale.text, by_id[rationale.id].answer):
-            seen.add(key)
-            n_kept[place] += 1
+            texts.add(text)
             kept.append(rationale)
     return kept
 
@@ -129,7 +126,7 @@ def force_strategies(student, questions, samples: int, seed: int) -> list[Ration
     """Asks the student every question in every strategy: the prompt ends in the strategy's tag,
     "[cot]:" say."""
     asked = [(question, strategy) for question in questions for strategy in STRATEGIES]
-    answers = student.answer(asked, samples, seed=seed, progress="self-generate", **SAMPLING)
+    answers = student.answer(asked, n=samples, seed=seed, progress="self-generate", **SAMPLING)
     rationales = []
     for (question, strategy), texts in zip(asked, answers):
         for text, finished in texts:
@@ -154,19 +151,17 @@ def mix(teacher: list[Rationale], own: list[Rationale], mode: str) -> list[Ratio
     """
     if mode == "adaptive":
         solved = {r.id for r in own}
-        missing = [r for r in teacher if r.id not in solved]
-        return missing + own
-    if mode == "adaptive-per-strategy":
+        teacher = [r for r in teacher if r.id not in solved]
+    elif mode == "adaptive-per-strategy":
         solved = {(r.id, r.strategy) for r in own}
-        missing = [r for r in teacher if (r.id, r.strategy) not in solved]
-        return missing + own
-    if mode == "all":
-        return teacher + own
-    if mode == "self":
-        return list(own)
-    if mode == "teacher":
-        return list(teacher)
-    raise ValueError(f"mode = {mode!r} is not one of {', '.join(MIXES)}")
+        teacher = [r for r in teacher if (r.id, r.strategy) not in solved]
+    elif mode == "self":
+        teacher = []
+    elif mode == "teacher":
+        own = []
+    elif mode != "all":
+        raise ValueError(f"mode = {mode!r} is not one of {', '.join(MIXES)}")
+    return teacher + own
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,9 +170,10 @@ def mix(teacher: list[Rationale], own: list[Rationale], mode: str) -> list[Ratio
 
 def split_tag(text: str) -> tuple[str | None, str]:
     """ "[cot]: 3 + 4 = 7." -> ("cot", "3 + 4 = 7."); without a known tag -> (None, text)."""
-    match = re.match(r"\[(\w+)\]:\s*", text)
-    if match and match[1] in STRATEGIES:
-        return match[1], text[match.end():]
+    for strategy in STRATEGIES:
+        tag = f"[{strategy}]:"
+        if text.startswith(tag):
+            return strategy, text.removeprefix(tag).lstrip()
     return None, text
 
 
@@ -306,20 +302,19 @@ def room_to_choose(generated, questions) -> float | None:
     A student that knew which strategy works on which question would gain so much. How much of that
     the words of a question tell is another matter: data/room.py.
     """
-    by_id = {question.id: question for question in questions}
+    gold = {question.id: question.answer for question in questions}
     verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?
     for rationale in generated:
-        gold = by_id[rationale.id].answer
-        verdict = is_correct(rationale.strategy, rationale.text, gold)
+        verdict = is_correct(rationale.strategy, rationale.text, gold[rationale.id])
         verdicts[rationale.id, rationale.strategy].append(verdict)
     if not verdicts or min(map(len, verdicts.values())) < 4:
         return None
     accuracy = {}
     for strategy in STRATEGIES:
-        accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in by_id)
+        accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in gold)
     ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)  # the best over all texts first
     scores = []
-    for id in by_id:
+    for id in gold:
         for half in (0, 1):  # every other text
             rates = {}
             for strategy in STRATEGIES:

@@ -172,7 +172,7 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
     wanted = targets[trained]                                               # (N,)
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         states = model.hidden(tokens)[trained]                              # (N, C)
-    loss = torch.zeros((), device=tokens.device)
+    loss = 0
     state_slopes = []  # d loss / d states, a tensor for each piece
     with torch.no_grad():
         parameter = model.output_weight()                                   # (V, C)
@@ -183,7 +183,7 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
             log_p = (piece @ weight.T).float().log_softmax(dim=-1)          # (size or less, V)
             loss -= scale * log_p.gather(1, target).sum()
             slope = log_p.exp_().mul_(scale)                                # d loss / d logits
-            slope.scatter_add_(1, target, slope.new_full(target.shape, -scale))
+            slope.scatter_(1, target, -scale, reduce="add")
             slope = slope.to(piece.dtype)
             state_slopes.append(slope @ weight)
             if parameter.requires_grad:  # some rows at a time: no second gradient of (V, C)
@@ -196,9 +196,9 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
 def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weights_folder=None):
     """Trains the student's model in place on examples [(prompt ids, target ids)].
 
-    A step takes several batches, and its loss is the mean over the trained tokens of all of them.
-    Why several? Texts of a batch have similar lengths. In a step of short texts alone the mean
-    would be over few tokens, so their tags would weigh more: a student would choose short texts.
+    A step takes several batches; its loss is the mean over the trained tokens of all of them. For
+    texts of a batch have similar lengths. In a step of short texts alone the mean would be over few
+    tokens, so their tags would weigh more: a student would choose short texts.
     checkpoint: a file from which a killed training goes on, to the same weights.
     weights_folder: it holds the student's weights as they are now. With it LoRA in bfloat16 keeps
     the frozen weights in bfloat16 alone, to save memory, and reads the float32 ones at the end.
@@ -224,31 +224,31 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weigh
     batches = islice(make_batches(examples, args.batch_size, seed), done * args.accumulation, None)
     saved_at = time.time()
     disable = None if RANK == 0 else True  # None: no bar where there is no terminal
-    for step in tqdm(range(done, steps), name, leave=False, unit="step", disable=disable):
-        warmup = min(1, (step + 1) / args.warmup)
-        rate = args.lr * warmup * (1 - step / steps)  # the decay is linear, too
+    for step in tqdm(range(done + 1, steps + 1), name, leave=False, unit="step", disable=disable):
+        warmup = min(1, step / args.warmup)
+        rate = args.lr * warmup * (1 - (step - 1) / steps)  # the decay is linear, too
         optimizer.param_groups[0]["lr"] = rate
-        parts = [collate(batch) for batch in islice(batches, args.accumulation)]
-        n_trained = sum(int((targets != IGNORE).sum()) for _, targets in parts)
+        parts = list(islice(batches, args.accumulation))
+        n_trained = sum(len(target) for _, target in chain(*parts))
         loss = torch.zeros((), device=args.device)
-        for tokens, targets in parts[RANK::WORLD]:
+        for batch in parts[RANK::WORLD]:
+            tokens, targets = collate(batch)
             loss += add_gradients(model, tokens.to(args.device), targets.to(args.device),
                                   1 / n_trained, dtype)
         if WORLD > 1:
             for tensor in [loss] + [parameter.grad for parameter in parameters.values()]:
                 dist.all_reduce(tensor)
         if not loss.isfinite():
-            raise ValueError(f"{name}: the loss of step {step + 1} of {steps} is {loss.item()}, "
+            raise ValueError(f"{name}: the loss of step {step} of {steps} is {loss.item()}, "
                              f"at a learning rate of {rate:.1e}")
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        if (step + 1) % max(1, steps // 4) == 0:
-            tqdm.write(f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}")
+        if step % max(1, steps // 4) == 0:
+            tqdm.write(f"{name}: step {step}/{steps}, loss {loss.item():.3f}")
         if checkpoint and RANK == 0 and time.time() - saved_at >= 60 * args.save_minutes:
-            state = {"parameters": parameters, "optimizer": optimizer.state_dict(),
-                     "step": step + 1}
-            write_whole(checkpoint, lambda part: torch.save(state, part))
+            state = {"parameters": parameters, "optimizer": optimizer.state_dict(), "step": step}
+            write_whole(checkpoint, partial(torch.save, state))
             saved_at = time.time()
     if args.lora:
         model.merge_lora(weights_folder)
@@ -262,8 +262,7 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
     """
     if not (folder / "model.safetensors").exists():
         write_lines(folder / "mix.jsonl", rationales)
-        by_id = {question.id: question for question in questions}
-        examples = [make_example(student, by_id[r.id], r) for r in rationales]
+        examples = list(make_examples(student, questions, rationales))
         steps = math.ceil(len(examples) * args.epochs / (args.batch_size * args.accumulation))
         if examples:
             steps = control_steps.get(folder, steps)
@@ -285,18 +284,20 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
     return_freed_memory()
 
 
-def make_example(student, question, rationale):
-    """(prompt ids, target ids)"""
-    stem, tail = student.prompt(question)  # in two parts: the sampler feeds the stem once
-    return stem + tail, student.target(rationale)
+def make_examples(student, questions, rationales):
+    """Yields (prompt ids, target ids) of each rationale."""
+    by_id = {question.id: question for question in questions}
+    for rationale in rationales:
+        stem, tail = student.prompt(by_id[rationale.id])  # two parts: the sampler feeds a stem once
+        yield stem + tail, student.target(rationale)
 
 
 def return_freed_memory():
     """To the system: glibc keeps what a training has freed, 2.5 GB for a model of 135M weights."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # other C libraries have none
+            libc.malloc_trim(0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,25 +305,26 @@ def return_freed_memory():
 
 
 class SharingStudent(Student):
-    def answer(self, asked, n=1, **settings):
+    def answer(self, asked, **settings):
         """Each process writes a stretch of the texts. No text depends on the others, so all are as
         a single process writes them, but for rounding."""
         if RANK > 0:
             settings["progress"] = None
         stretch = slice(len(asked) * RANK // WORLD, len(asked) * (RANK + 1) // WORLD)
-        answers = super().answer(asked[stretch], n, **settings)
-        stretches = [answers]
-        if WORLD > 1:
-            stretches = [None] * WORLD
-            dist.all_gather_object(stretches, answers)
+        answers = super().answer(asked[stretch], **settings)
+        if WORLD == 1:
+            return answers
+        stretches = [None] * WORLD
+        dist.all_gather_object(stretches, answers)
         return list(chain(*stretches))
 
 
 def join_processes(args):
+    backend = "gloo"
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
+        backend = "cpu:gloo,cuda:nccl"
     # A long wait is no fault: one process may write longer texts than another.
-    backend = "cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -333,20 +335,16 @@ def join_processes(args):
 
 
 def list_runs(args):
-    """The runs of this command: name -> (its mix, the strategies of the teacher that it sees).
+    """The names of this command's runs. A run has the name of its mix.
 
     --compare adds other mixes and the controls: "teacher", and one for each strategy. A control
     sees the teacher's rationales alone, in the same rounds with as many optimizer steps as the run
     of --mix: only the data differs. That run comes first, so its steps are known.
     """
-    runs = {args.mix: (args.mix, STRATEGIES)}
-    if args.compare is None:
-        return runs
-    for other in args.compare or COMPARED:
-        runs[other] = (other, STRATEGIES)
-        if other in STRATEGIES:
-            runs[other] = ("teacher", (other,))
-    return runs
+    names = [args.mix]
+    if args.compare is not None:
+        names += args.compare or COMPARED
+    return list(dict.fromkeys(names))  # each once
 
 
 def list_folders(name, args, seed):
@@ -356,8 +354,13 @@ def list_folders(name, args, seed):
     return [args.out / f"seed-{seed}" / name for name in names]
 
 
-def train_run(name, mode, data, args, seed):
+def train_run(name, data, args, seed):
     """Trains the models of a run, and adds their lines to metrics.jsonl."""
+    mode = name
+    if name in STRATEGIES:  # a control on the teacher's texts in this strategy alone
+        mode = "teacher"
+        teacher = [rationale for rationale in data.teacher if rationale.strategy == name]
+        data = data._replace(teacher=teacher)
     dtype = getattr(torch, args.dtype)
     student = SharingStudent(find_model(args.model), args.max_new_tokens, args.rows, dtype,
                              args.device, template=args.prompt)
@@ -411,10 +414,9 @@ def leave_out_long(student, data, max_length):
     """The data without the teacher's texts that are too long to train on. They go before the
     filter, which may find a shorter one. Own texts are never left out: see check_lengths."""
     max_length = min(max_length, student.model.config.max_position_embeddings)
-    by_id = {question.id: question for question in data.questions}
+    examples = make_examples(student, data.questions, data.teacher)
     kept = []
-    for rationale in data.teacher:
-        prompt, target = make_example(student, by_id[rationale.id], rationale)
+    for rationale, (prompt, target) in zip(data.teacher, examples):
         if len(prompt + target) <= max_length:
             kept.append(rationale)
     if len(kept) < len(data.teacher):
@@ -436,9 +438,8 @@ def main():
         sizes = ", ".join(f"{name} {len(questions)}" for name, questions in data.sets.items())
         print(f"seed {seed}: {len(data.questions)} training questions, {len(data.teacher)} teacher "
               f"rationales ({count_programs(data.teacher)}); to evaluate on: {sizes}")
-        for name, (mode, strategies) in list_runs(args).items():
-            teacher = [r for r in data.teacher if r.strategy in strategies]
-            train_run(name, mode, data._replace(teacher=teacher), args, seed)
+        for name in list_runs(args):
+            train_run(name, data, args, seed)
     if RANK == 0:
         print(f"\nAll models: accuracy and share of answers in %\n{write_report(args.out)}")
         print(f"More is in {args.out / 'report.md'}, all measures in {args.out / 'metrics.jsonl'}.")
