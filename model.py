@@ -125,8 +125,8 @@ class Config:
         try:
             fields = read_json(path)
             model_type = fields.get("model_type")
-            # Checked first: another type's fields may have other names. It may be any JSON: list().
-            if model_type not in list(FAMILIES):
+            # Checked first: another type's fields may have other names.
+            if model_type not in list(FAMILIES):  # a list: the value may be one, which has no hash
                 raise ValueError(f"model_type = {model_type!r} is not implemented, only "
                                  f"{', '.join(FAMILIES)}; its architectures: "
                                  f"{fields.get('architectures')}")

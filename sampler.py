@@ -441,7 +441,8 @@ class Student:
                 ids.append(self.specials[part])
             else:
                 ids += self.encode(part.replace("{question}", question.text))
-        first = self.tokenizer.encode("").ids  # what comes before every text: <bos>, or nothing
+        # What comes before every text, <bos> or nothing; some tokenizers also add an end token.
+        first = [id for id in self.tokenizer.encode("").ids if id not in self.stop_ids]
         if ids[:len(first)] != first:
             ids = first + ids
         tail = ids[-1:]

@@ -307,7 +307,8 @@ def room_to_choose(generated, questions) -> float | None:
     for rationale in generated:
         verdict = is_correct(rationale.strategy, rationale.text, gold[rationale.id])
         verdicts[rationale.id, rationale.strategy].append(verdict)
-    if not verdicts or min(map(len, verdicts.values())) < 4:
+    counts = [len(verdicts[id, strategy]) for id in gold for strategy in STRATEGIES]
+    if not generated or min(counts) < 4:
         return None
     accuracy = {}
     for strategy in STRATEGIES:
@@ -326,8 +327,8 @@ def room_to_choose(generated, questions) -> float | None:
 
 
 def shares(strategies) -> dict[str, float] | None:
-    """The distribution over strategies of a list of their names; other names are passed over. None
-    if there are no others.
+    """The distribution over strategies of a list of their names. Names of no strategy do not count;
+    None if no name counts.
 
     Half a text is added to every count, so that no share is 0 and no divergence infinite.
     """

@@ -277,7 +277,8 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
-        (folder / "training.pt").unlink(missing_ok=True)
+        for path in folder.glob("training.pt*"):  # also a part that a kill has left
+            path.unlink()
     # Read back also if it was just trained: a run without a stop does the same as a resumed one.
     student.model = Decoder.from_pretrained(folder, device=args.device)
     student.folder = folder

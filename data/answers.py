@@ -25,10 +25,10 @@ from fractions import Fraction
 
 from data.program import run_program
 
-# Chain of Thought, Least-to-Most, Program of Thought. To add a strategy, add its name, of letters,
-# digits and "_": tags, self-generation, mix, measures and report go by this tuple. Its answer is
-# the number after "Final answer:", unless numeric_answer is told otherwise. A real teacher also
-# needs eight worked examples, prompts/NAME.txt.
+# Chain of Thought, Least-to-Most, Program of Thought. To add a strategy, add its name: letters,
+# digits and "_", and not the name of a mix. Tags, self-generation, mix, measures and report go by
+# this tuple. Its answer is the number after "Final answer:", unless numeric_answer is told
+# otherwise. A real teacher also needs eight worked examples, prompts/NAME.txt.
 STRATEGIES = ("cot", "l2m", "pot")
 
 # Two answers are the same if they differ by no more than one millionth, or by one millionth of the

@@ -154,6 +154,8 @@ def read_questions(path: Path) -> list[Question]:
         check_text(record, "kind", place)
         if answer is None:
             raise ValueError(f"{place}: the gold answer {record['answer']!r} is not a number")
+        if not record["question"].strip():
+            raise ValueError(f"{place}: the question is empty")
         if record["id"] in questions:
             raise ValueError(f"{place}: the id {record['id']!r} is there twice")
         questions[record["id"]] = Question(record["id"], record["question"], answer,

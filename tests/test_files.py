@@ -165,6 +165,7 @@ GOOD = '{"id": "a", "question": "1 + 1?", "answer": "2"}\n'
     (GOOD + '{"id": "b", "question": "2?", "answer": "two"}\n', "line 2: the gold answer 'two'"),
     (GOOD + '{"id": "b", "question": "1 + 1?", "answer": ""}\n', "line 2: the gold answer ''"),
     (GOOD + '{"id": "b", "question": "", "answer": "1", "kind": 3}\n', "line 2: the field 'kind'"),
+    (GOOD + '{"id": "b", "question": " ", "answer": "1"}\n', "line 2: the question is empty"),
     (GOOD + GOOD, "line 2: the id 'a'"),
     (GOOD.encode() + b'{"id": "\xff"}\n', "line 2: not JSON"),
     ("", "no questions"),

@@ -643,6 +643,15 @@ def test_bos_is_added_exactly_once(student):
     assert bos not in student.target(RATIONALES[0])
 
 
+def test_end_token_of_a_tokenizer_is_not_put_before_the_question(student):
+    """Some append it to every text, also to the empty one."""
+    end = student.stop_ids[0]
+    student.tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <end>", special_tokens=[("<end>", end)])
+    stem, tail = student.prompt(ANN)
+    assert end not in stem + tail
+
+
 @pytest.mark.parametrize("config, generation_config, wanted", [
     (0, None, [0]), ([0, 7], None, [0, 7]), (None, 5, [5]), (None, [5, 0], [5, 0]),
     (0, [5, 0, 9], [0, 5, 9])])

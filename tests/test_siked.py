@@ -479,6 +479,7 @@ def test_room_by_hand(ann, bob, room):
     texts = write_verdicts(**dict(zip(names, ann + bob)))
     assert room_to_choose(texts, TWO) == pytest.approx(room)
     assert room_to_choose(texts[1:], TWO) is None
+    assert room_to_choose([text for text in texts if text.id == "ann"], TWO) is None
 
 
 def test_room_of_chance_is_none():

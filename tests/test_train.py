@@ -667,11 +667,12 @@ def test_folder_holds_the_trained_student(load, tmp_path):
         assert not torch.equal(tensor, load().model.state_dict()[name])
 
     (folder / "training.pt").write_text("left by a kill after the last step")
+    (folder / "training.pt.0.part").write_text("left by a kill in the middle of writing")
     again = load()
     assert train_round(again, folder) == 0
     for name, tensor in again.model.state_dict().items():
         assert torch.equal(tensor, trained[name])
-    assert not (folder / "training.pt").exists()
+    assert not list(folder.glob("training.pt*"))
 
 
 def test_teacher_texts_that_are_too_long_are_left_out_before_the_filter_and_counted(load, capsys):
