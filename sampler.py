@@ -124,7 +124,7 @@ def sample_next_token(logits, temperature, top_p, uniforms, looked_at=32):
     probabilities = weigh(top) / total                                              # (B, M)
     before = probabilities.cumsum(-1) - probabilities     # (B, M): probability of all likelier ids
     inside = before < top_p                                                         # (B, M)
-    ids, order = ids.sort()  # topk's order of equally likely ids depends on M, and the draw on it
+    ids, order = ids.sort()  # topk's order of equally likely ids depends on M; the draw must not
     weights = probabilities.where(inside, 0).gather(1, order)                       # (B, M)
     places = draw_places(weights, uniforms)                                         # (B,)
     tokens = ids.gather(1, places[:, None])[:, 0]                                   # (B,)
@@ -418,9 +418,10 @@ class Student:
                 ids = [ids]
             self.stop_ids += [id for id in ids or [] if id not in self.stop_ids]
         self.n_ids = max(self.tokenizer.get_vocab().values()) + 1
-        if not self.stop_ids or max(self.stop_ids) >= self.n_ids:
+        known = min(self.n_ids, self.model.config.vocab_size)
+        if not self.stop_ids or min(self.stop_ids) < 0 or max(self.stop_ids) >= known:
             raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json is "
-                             f"{self.stop_ids}; the tokenizer knows {self.n_ids} ids")
+                             f"{self.stop_ids}; model and tokenizer know {known} ids")
 
     def save(self, folder):
         """The weights come last: where model.safetensors is, the rest is too."""

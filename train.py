@@ -61,12 +61,12 @@ FLAGS = (  # name, default, least value, meaning
     ("--prompt", r"{question}\n", None, r"what the student reads; \n is a line break"),
     ("--rows", 256, 1, "texts written at once; fewer need less memory"),
 )
-# What is seldom changed has no flag. Only a preset sets it.
+# What is seldom changed has no flag. A preset sets it, or you here.
 SETTINGS = {
     "warmup": 20,          # optimizer steps
     "weight_decay": 0.01,
     "lora_alpha": 32,      # the adapters' output is multiplied by lora_alpha / rank
-    "max_length": 512,     # tokens; longer texts of the teacher are left out
+    "max_length": 512,     # tokens, with the question; longer texts of the teacher are left out
     "keep": 1,             # own texts per question and strategy in a mix
     "held_out": 0.1,       # share of the training questions, to choose settings on
     "save_minutes": 10,    # between two checkpoints of a training
@@ -196,9 +196,9 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
 def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weights_folder=None):
     """Trains the student's model in place on examples [(prompt ids, target ids)].
 
-    A step takes several batches; its loss is the mean over the trained tokens of all of them. For
-    texts of a batch have similar lengths. In a step of short texts alone the mean would be over few
-    tokens, so their tags would weigh more: a student would choose short texts.
+    A step takes several batches; its loss is the mean over the trained tokens of all of them. The
+    reason: texts of a batch have similar lengths. In a step of short texts alone the mean would be
+    over few tokens, so their tags would weigh more: a student would choose short texts.
     checkpoint: a file from which a killed training goes on, to the same weights.
     weights_folder: it holds the student's weights as they are now. With it LoRA in bfloat16 keeps
     the frozen weights in bfloat16 alone, to save memory, and reads the float32 ones at the end.

@@ -741,6 +741,17 @@ def test_loading_without_an_end_token_is_refused(tmp_path):
         Student(tmp_path)
 
 
+@pytest.mark.parametrize("id", [-1, 256, 10 ** 6])
+def test_end_token_that_is_unknown_to_the_model_is_refused(tmp_path, id):
+    """As where a tokenizer got a token more, and the embeddings were not resized."""
+    tokenizer = make_tokenizer()
+    assert tokenizer.get_vocab_size() > 256
+    write_checkpoint(tmp_path)
+    make_model(256, extra={"eos_token_id": id}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="eos_token_id .* model and tokenizer know 256 ids"):
+        Student(tmp_path)
+
+
 def test_student_draws_no_id_without_a_token(student):
     """A vocabulary that is padded beyond the tokenizer's: the id would win the first draw, were it
     let in."""
