@@ -109,7 +109,7 @@ class Config:
         if self.family.sliding_layers:
             known.append("sliding_attention")
         if self.layer_types is None:
-            every = self.sliding_window_pattern or 1  # so many-th layer is full
+            every = self.sliding_window_pattern or 1  # every so-many-th layer is full
             self.layer_types = ["sliding_attention" if number % every else "full_attention"
                                 for number in range(1, self.num_hidden_layers + 1)]
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(known):

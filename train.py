@@ -336,7 +336,7 @@ def join_processes(args):
 
 
 def list_runs(args):
-    """The names of this command's runs. A run has the name of its mix.
+    """The names of this command's runs. A run is named after its mix, or after its only strategy.
 
     --compare adds other mixes and the controls: "teacher", and one for each strategy. A control
     sees the teacher's rationales alone, in the same rounds with as many optimizer steps as the run
