@@ -29,6 +29,7 @@ from statistics import fmean as mean
 
 from data.answers import STRATEGIES, is_correct
 from data.files import Data, Rationale, saved, saved_rationales
+from data.room import room_to_choose
 
 # A Question has id, text, answer and kind. A Rationale has id (its question's), strategy, text,
 # source ("teacher" or "student") and finished (False: cut off). Data has questions, teacher, sets.
@@ -265,7 +266,7 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
                it chooses
     KL         KL(P_mix || P_student)
     KL_free    KL(P_mix || P_free)
-    room       what choosing could bring to the student before this training: `room_to_choose`
+    room       what a choice per question could bring before this training, see data/room.py
     """
     held_out = result.results.get("held-out", [])
     mixed = shares(rationale.strategy for rationale in result.training_mix)
@@ -288,42 +289,6 @@ def measure(result: Round, questions, labels: dict) -> list[dict]:
             kinds[kind] = summarise([record for record in records if record["kind"] == kind])
         lines.append({**labels, "set": name, **summarise(records), "kinds": kinds, **figures})
     return lines
-
-
-def room_to_choose(generated, questions) -> float | None:
-    """How much more a choice per question gets right than the best one strategy for all questions.
-
-    For each question, one half of its texts picks a strategy: the one that is right most often in
-    this half. The other half says how often that strategy is right. Then the halves change places.
-    So a lucky hit is no gain unless the other half repeats it. With few texts the pick is poor:
-    then the figure is too low, even below 0. None if a question has fewer than four texts in a
-    strategy (K < 4).
-
-    A student that knew which strategy works on which question would gain so much. How much of that
-    the words of a question tell is another matter: data/room.py.
-    """
-    gold = {question.id: question.answer for question in questions}
-    verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?
-    for rationale in generated:
-        verdict = is_correct(rationale.strategy, rationale.text, gold[rationale.id])
-        verdicts[rationale.id, rationale.strategy].append(verdict)
-    counts = [len(verdicts[id, strategy]) for id in gold for strategy in STRATEGIES]
-    if not generated or min(counts) < 4:
-        return None
-    accuracy = {}
-    for strategy in STRATEGIES:
-        accuracy[strategy] = mean(mean(verdicts[id, strategy]) for id in gold)
-    ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)  # the best over all texts first
-    scores = []
-    for id in gold:
-        for half in (0, 1):  # every other text
-            rates = {}
-            for strategy in STRATEGIES:
-                rates[strategy] = mean(verdicts[id, strategy][half::2])
-            chosen = max(ranked, key=rates.get)  # of equally good ones the first
-            other_half = 1 - half
-            scores.append(mean(verdicts[id, chosen][other_half::2]))
-    return mean(scores) - max(accuracy.values())
 
 
 def shares(strategies) -> dict[str, float] | None:

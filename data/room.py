@@ -1,30 +1,67 @@
-"""Can the choice of a strategy be learned from these questions at all?
+"""What could a choice of strategy per question bring, and can it be learned at all?
 
     python data/room.py out/seed-0/adaptive-1 --data data/toy
 
-`room_to_choose` in siked.py says what a choice per question could bring to a student. But to learn
-it the student must see in a question which strategy suits it. So a ridge regression learns, from
-the words of nine tenths of the questions, how often each strategy is right (own texts: self-*.jsonl
-of the folder), and chooses for the other tenth; ten times, until all are chosen for. Its gain over
-the best single strategy for all questions says how much a simple reader can learn. Where that is
-about 0, do not expect a small student to learn more than its best strategy.
+`room_to_choose`, a column of the report, answers the first. To learn the choice the student must
+see in a question which strategy suits it; the command above asks how much of it can be seen. A
+ridge regression learns, from the words of nine tenths of the questions, how often each strategy is
+right (own texts: self-*.jsonl of the folder), and chooses for the other tenth; ten times, until all
+are chosen for. Its gain over the best single strategy for all questions says how much a simple
+reader can learn. Where that is about 0, do not expect a small student to learn more than its best
+strategy.
 """
 import argparse
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data.answers import STRATEGIES, is_correct  # noqa: E402
-from data.files import read_questions, read_rationales  # noqa: E402
+from data.files import read_questions, read_rationales, run_command  # noqa: E402
 
 PENALTIES = (1, 3, 10, 30)  # of the ridge regression: the larger, the closer to the mean
 FOLDS = 10
 LEAST = 3  # questions with a word: rarer words are left out
+
+
+def room_to_choose(generated, questions) -> float | None:
+    """How much more a choice per question gets right than the best one strategy for all questions.
+
+    For each question, one half of its texts picks a strategy: the one that is right most often in
+    this half. The other half says how often that strategy is right. Then the halves change places.
+    So a lucky hit is no gain unless the other half repeats it. With few texts the pick is poor:
+    then the figure is too low, even below 0. None if a question has fewer than four texts in a
+    strategy (K < 4).
+
+    A student that knew which strategy works on which question would gain so much.
+    """
+    gold = {question.id: question.answer for question in questions}
+    verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?
+    for rationale in generated:
+        verdict = is_correct(rationale.strategy, rationale.text, gold[rationale.id])
+        verdicts[rationale.id, rationale.strategy].append(verdict)
+    counts = [len(verdicts[id, strategy]) for id in gold for strategy in STRATEGIES]
+    if not generated or min(counts) < 4:
+        return None
+    accuracy = {}
+    for strategy in STRATEGIES:
+        accuracy[strategy] = fmean(fmean(verdicts[id, strategy]) for id in gold)
+    ranked = sorted(STRATEGIES, key=accuracy.get, reverse=True)  # the best over all texts first
+    scores = []
+    for id in gold:
+        for half in (0, 1):  # every other text
+            rates = {}
+            for strategy in STRATEGIES:
+                rates[strategy] = fmean(verdicts[id, strategy][half::2])
+            chosen = max(ranked, key=rates.get)  # of equally good ones the first
+            other_half = 1 - half
+            scores.append(fmean(verdicts[id, chosen][other_half::2]))
+    return fmean(scores) - max(accuracy.values())
 
 
 def success_rates(questions, texts):
@@ -101,8 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"room.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

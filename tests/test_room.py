@@ -1,14 +1,16 @@
-"""Tests data/room.py: can the choice of a strategy be learned from the words of the questions?"""
+"""Tests data/room.py: what could a choice bring, and can it be learned from the questions' words?"""
 import random
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.answers import STRATEGIES
 from data.files import Question, Rationale, write_lines
-from data.room import gain_of_choice, success_rates, word_features, words_of
+from data.room import gain_of_choice, room_to_choose, success_rates, word_features, words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RIGHT = {"cot": "Final answer: 5", "l2m": "Final answer: 5", "pot": "answer = 5"}
@@ -97,3 +99,50 @@ def test_a_folder_without_own_texts_is_named(tmp_path):
     done = run(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"room.py: {tmp_path}: there is no self-*.jsonl, the own texts of a round\n"
+
+
+TWO = [Question("ann", "?", Fraction(7)), Question("bob", "?", Fraction(7))]
+
+
+def write_verdicts(**verdicts):
+    """Texts of two questions: ann_cot="1010" are four, the first and third of them right."""
+    texts = []
+    for name, digits in verdicts.items():
+        id, strategy = name.split("_")
+        for digit in digits:
+            text = write_answer(strategy, 6 + int(digit))
+            texts.append(Rationale(id, strategy, text, "student"))
+    return texts
+
+
+def write_answer(strategy, number):
+    return f"answer = {number}" if strategy == "pot" else f"Final answer: {number}"
+
+
+@pytest.mark.parametrize("ann, bob, room", [
+    (("1111", "0000", "0000"), ("0000", "1111", "0000"), 0.5),  # cot suits one, l2m the other
+    (("1111", "0000", "0000"), ("1111", "0000", "0000"), 0),  # cot suits both
+    # One half chooses cot, by luck, and is wrong in the other. That half, in which none is right,
+    # takes l2m, the better for all, and is right once in two: (0 + 0.5 + 1 + 1) / 4.
+    (("1010", "0010", "0000"), ("0000", "1111", "0000"), 0.625 - (0.25 + 1) / 2),
+    # Each half chooses what is wrong in the other one.
+    (("0101", "1010", "0000"), ("1111", "0000", "0000"), 0.5 - 0.75)])
+def test_room_by_hand(ann, bob, room):
+    names = [f"{id}_{strategy}" for id in ("ann", "bob") for strategy in STRATEGIES]
+    texts = write_verdicts(**dict(zip(names, ann + bob)))
+    assert room_to_choose(texts, TWO) == pytest.approx(room)
+    assert room_to_choose(texts[1:], TWO) is None
+    assert room_to_choose([text for text in texts if text.id == "ann"], TWO) is None
+
+
+def test_room_of_chance_is_none():
+    """Texts that are right by chance alone: `any` finds much to choose from, and there is nothing."""
+    rng = random.Random(0)
+    questions = [Question(str(i), "?", Fraction(7)) for i in range(3000)]
+    texts = []
+    for question in questions:
+        for strategy in STRATEGIES:
+            for _ in range(4):
+                text = write_answer(strategy, rng.choice((6, 7)))
+                texts.append(Rationale(question.id, strategy, text, "student"))
+    assert abs(room_to_choose(texts, questions)) < 0.03

@@ -4,7 +4,6 @@ The student of most tests is a tiny decoder that has learned nine texts by heart
 seconds. So it is known what it answers, and nothing of the code under test is replaced.
 """
 import math
-import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from data.answers import STRATEGIES, is_correct
 from data.files import Data, Question, Rationale, read_questions
 from model import Config, Decoder
 from sampler import Student
-from siked import (MIXES, Round, evaluate, filter_correct, measure, mix, room_to_choose,
-                   self_generate, siked, split_tag, summarise)
+from siked import (MIXES, Round, evaluate, filter_correct, measure, mix, self_generate, siked,
+                   split_tag, summarise)
 
 TOY = Path(__file__).resolve().parents[1] / "data/toy"
 
@@ -446,53 +445,6 @@ def test_what_was_not_measured_is_none():
     result = Round(1, [], own, own, {"held-out": [make_record(None, False)]})
     [line] = measure(result, [], {})
     assert line["P_free"] is None and line["KL_free"] is None and line["KL"] == 0
-
-
-TWO = [Question("ann", "?", Fraction(7)), Question("bob", "?", Fraction(7))]
-
-
-def write_verdicts(**verdicts):
-    """Texts of two questions: ann_cot="1010" are four, the first and third of them right."""
-    texts = []
-    for name, digits in verdicts.items():
-        id, strategy = name.split("_")
-        for digit in digits:
-            text = write_answer(strategy, 6 + int(digit))
-            texts.append(Rationale(id, strategy, text, "student"))
-    return texts
-
-
-def write_answer(strategy, number):
-    return f"answer = {number}" if strategy == "pot" else f"Final answer: {number}"
-
-
-@pytest.mark.parametrize("ann, bob, room", [
-    (("1111", "0000", "0000"), ("0000", "1111", "0000"), 0.5),  # cot suits one, l2m the other
-    (("1111", "0000", "0000"), ("1111", "0000", "0000"), 0),  # cot suits both
-    # One half chooses cot, by luck, and is wrong in the other. That half, in which none is right,
-    # takes l2m, the better for all, and is right once in two: (0 + 0.5 + 1 + 1) / 4.
-    (("1010", "0010", "0000"), ("0000", "1111", "0000"), 0.625 - (0.25 + 1) / 2),
-    # Each half chooses what is wrong in the other one.
-    (("0101", "1010", "0000"), ("1111", "0000", "0000"), 0.5 - 0.75)])
-def test_room_by_hand(ann, bob, room):
-    names = [f"{id}_{strategy}" for id in ("ann", "bob") for strategy in STRATEGIES]
-    texts = write_verdicts(**dict(zip(names, ann + bob)))
-    assert room_to_choose(texts, TWO) == pytest.approx(room)
-    assert room_to_choose(texts[1:], TWO) is None
-    assert room_to_choose([text for text in texts if text.id == "ann"], TWO) is None
-
-
-def test_room_of_chance_is_none():
-    """Texts that are right by chance alone: `any` finds much to choose from, and there is nothing."""
-    rng = random.Random(0)
-    questions = [Question(str(i), "?", Fraction(7)) for i in range(3000)]
-    texts = []
-    for question in questions:
-        for strategy in STRATEGIES:
-            for _ in range(4):
-                text = write_answer(strategy, rng.choice((6, 7)))
-                texts.append(Rationale(question.id, strategy, text, "student"))
-    assert abs(room_to_choose(texts, questions)) < 0.03
 
 
 # --------------------------------------------------------------------------------------------------
