@@ -287,6 +287,19 @@ def check_settings(folder: Path, settings: dict) -> None:
                          "Choose another --out, or delete the folder.")
 
 
+def run_command(main) -> None:
+    """Calls main(). A fault of its input ends it with one line and exit code 2, Ctrl-C with 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; to go on, type the same command again", file=sys.stderr)
+        sys.exit(130)
+
+
 def load_training(path: Path, parameters: dict, optimizer) -> int:
     """Takes the weights and the optimizer's state of a killed training; returns the step to go on
     from. A file that is torn, or of another model, changes nothing: a line says so, and it is

@@ -12,7 +12,6 @@ reads the result.
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
 import sys
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.answers import parse_number  # noqa: E402
-from data.files import read_questions  # noqa: E402
+from data.files import read_questions, run_command, write_lines  # noqa: E402
 
 # Raw files by their public address, at a fixed commit, with their SHA-256.
 GITHUB = "https://raw.githubusercontent.com"
@@ -204,18 +203,10 @@ def main() -> None:
                              f"{len(questions)}, all questions")
         results = {"train.jsonl": questions[:args.train], "test.jsonl": questions[args.train:]}
     check_no_leak(args.out, results)
-    args.out.mkdir(parents=True, exist_ok=True)
     for file, questions in results.items():  # only now, when all of the raw files have proved whole
-        lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in questions]
-        beside = args.out / f"{file}.part"
-        beside.write_text("".join(lines), encoding="utf-8")
-        os.replace(beside, args.out / file)
+        write_lines(args.out / file, questions)
         print(f"{args.out / file}: {len(questions)} questions")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

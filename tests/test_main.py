@@ -432,7 +432,7 @@ def test_interrupted_run_says_how_to_go_on(run, flags, changed_train, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "train.py: stopped; the same command goes on from here\n"
+    assert said == "train.py: stopped; to go on, type the same command again\n"
     assert not (out / "seed-0/combined/model.safetensors").exists()
     succeed(out, *flags)
     assert_same_result(out, run[0])
