@@ -21,16 +21,14 @@ Promised, for every text:
   exact Fraction; for a sum of floats that of Python 3.12.) But generators, zip, map, filter,
   enumerate and reversed are computed at once, to their end: they do not see a later change of
   their source. A set has its own order. Annotations are not evaluated.
+- What is unknown is refused, not guessed: `match`, `try`, `with`, `class`, `f(**d)`, `"%(name)s"`,
+  `"{0.real}"`, `"{!r}"`, `:=` in a generator ...
 
-Not promised:
-- All of Python. What is unknown is refused, not guessed: `match`, `try`, `with`, `class`,
-  `f(**d)`, `"%(name)s"`, `"{0.real}"`, `"{!r}"`, `:=` in a generator ...
-- Safety from bugs in CPython's own parser, or in a thread with a stack below 512 kB.
-- The last word on a deep recursion: it is "budget" if the caller is deep in the stack.
+Not promised: safety from bugs in CPython's own parser, or in a thread with a stack below 512 kB; the
+last word on a deep recursion, which is "budget" if the caller is deep in the stack.
 
 Read it from both ends: `evaluate_program` says what is done, the tables what the language has.
 """
-
 import ast
 import builtins
 import gc
@@ -76,8 +74,7 @@ def evaluate_program(source):
     "error"      Python would raise, too: wrong syntax, a division by zero, a misspelt name ...
     "refused"    the program uses something that this evaluator does not know, or is too long or too deep to be read
     "budget"     the program takes too many steps, too much memory or too deep a recursion
-    "bug"        this evaluator failed, not the program. As nothing may be raised, it is printed to stderr and has its
-                 own reason, so that a caller can stop there instead of scoring the rationale as wrong.
+    "bug"        this evaluator failed, not the program: it is printed to stderr
     """
     interpreter = Interpreter()
     try:
@@ -124,8 +121,7 @@ def parse(source):
 
 def annotate(tree):
     """Refuse unknown nodes and oversized trees. Write on modules, functions and comprehensions which names are `local`
-    to them (by Python's rule those that they assign anywhere), and which they have `declared` global or nonlocal.
-    A loop with a list, not a recursion, because the tree may be deep."""
+    to them (by Python's rule those that they assign anywhere), and which they have `declared` global or nonlocal."""
     todo, count = [(tree, None, 0)], 0
     while todo:
         node, scope, depth = todo.pop()
@@ -156,7 +152,9 @@ def annotate(tree):
 
 # (2x - 3) / y: above (("", -3), ("x", 2)), below (("y", 1),). The constant stands under "".
 Linear = make_dataclass("Linear", ["above", "below"], frozen=True)
-Equation = make_dataclass("Equation", ["zero"], frozen=True)  # of a = b: the Linear a - b
+# Of a = b: a - b. It is true or false, as in sympy, if no unknown is left in it.
+Equation = make_dataclass("Equation", ["zero"], frozen=True, namespace={
+    "__bool__": lambda self: stop_if(type(self.zero) is Linear, "error") or self.zero == 0})
 # Without a text: Python puts that of any value into some of its errors, and here it would be that of all names in reach.
 Module = make_dataclass("Module", ["names"], eq=False, repr=False)
 Builtin = make_dataclass("Builtin", ["run"], eq=False, repr=False)  # a function of this file: (interpreter, *arguments)
@@ -200,8 +198,7 @@ class Interpreter:
 
     def pay(self, steps):
         self.steps -= max(0, steps)
-        if self.steps < 0:
-            raise Stop("budget")
+        stop_if(self.steps < 0, "budget")
 
     def pay_for(self, size, limit, per_step=1):
         stop_if(not size <= limit, "budget")  # instead of ">": the exponent of a power may be NaN
@@ -262,7 +259,7 @@ class Interpreter:
         stop_if(type(values) not in ITERABLES, "error")
         if type(values) is set:
             self.weigh(values)
-            if not all(type(value) in NUMBERS for value in values):
+            if not NUMBERS.issuperset(map(type, values)):
                 values = sorted(values, key=repr)  # Python's own order differs from run to run
         for value in values:
             self.pay(1)
@@ -324,6 +321,7 @@ class Interpreter:
         if comparison in (ast.Is, ast.IsNot):
             stop_if(a is not None and b is not None)  # equal numbers are one object by accident
             return (a is b) is (comparison is ast.Is)
+        stop_if(Equation in (type(a), type(b)))
         return self.apply(COMPARISONS[comparison], a, b)
 
     def at(self, operation, container, index, *value):
@@ -371,7 +369,7 @@ class Interpreter:
             return self.show(value)
         stop_if(type(value) not in {str, *NUMBERS} or not FORMAT.fullmatch(spec))
         value = whole(value)
-        return self.apply(format, float(value) if type(value) is Fraction else value, spec)
+        return self.apply(format, self.apply(float, value) if type(value) is Fraction else value, spec)
 
     def fill(self, text, /, *args, **named):
         """text.format(...). Only the fields {}, {2}, {name} and {:.2f} are let in."""
@@ -514,7 +512,7 @@ class Interpreter:
     # Nodes. A statement gives None, or how it leaves its block: "break", "continue" or "return"
 
     def do(self, node):
-        self.steps -= 1
+        self.steps -= 1  # without `pay`, which takes as long as all the rest
         if self.steps < 0:
             raise Stop("budget")
         return NODES[type(node)](self, node)
@@ -593,18 +591,17 @@ class Interpreter:
 
     def do_Lambda(self, node):
         more = node.args
-        stop_if(more.posonlyargs or more.vararg or more.kwonlyargs or more.kwarg)
-        stop_if(getattr(node, "decorator_list", []))
+        stop_if(more.posonlyargs or more.vararg or more.kwonlyargs or more.kwarg or getattr(node, "decorator_list", []))
         return Function(node, [self.do(default) for default in node.args.defaults], self.scope)
 
     def do_Name(self, node):
         names = self.home(node.id)
-        if node.id in names:
-            stop_if(names[node.id] is UNKNOWN)
-            return names[node.id]
-        if names is self.module.names and node.id in BUILTINS:
-            return BUILTINS[node.id]
-        raise Stop("refused" if hasattr(builtins, node.id) else "error")
+        if node.id not in names and names is self.module.names:
+            names = BUILTINS
+        if node.id not in names:
+            raise Stop("refused" if hasattr(builtins, node.id) else "error")
+        stop_if(names[node.id] is UNKNOWN)
+        return names[node.id]
 
     def do_Attribute(self, node):
         value = self.do(node.value)
@@ -624,9 +621,7 @@ class Interpreter:
         if type(node.op) is ast.Not:
             return not value
         sign = OPERATORS[type(node.op)]
-        if type(value) is not Linear:
-            return self.apply(sign, value)
-        return self.combine(operator.mul, sign(1), value)
+        return self.combine(operator.mul, sign(1), value) if type(value) is Linear else self.apply(sign, value)
 
     def do_BoolOp(self, node):
         for part in node.values:
@@ -653,12 +648,12 @@ class Interpreter:
 
 # ---- The tables: what the language has ----
 
-NODES = {f"do_{name}": run for name, run in {
+NODES = {
     "AnnAssign": lambda m, node: node.value and m.assign(node.target, m.do(node.value)),
     "Assert": lambda m, node: stop_if(not m.do(node.test), "error"),
     "Break": lambda m, node: "break",
     "Continue": lambda m, node: "continue",
-    "Expr": lambda m, node: m.do(node.value) and None,
+    "Expr": lambda m, node: [m.do(node.value)] and None,
     "For": lambda m, node: m.loop(node, m.rounds([node], m.do(node.iter))),
     "FunctionDef": lambda m, node: m.home(node.name).update({node.name: m.do_Lambda(node)}),
     "If": lambda m, node: m.block(node.body if m.do(node.test) else node.orelse),
@@ -681,9 +676,8 @@ NODES = {f"do_{name}": run for name, run in {
     "Slice": lambda m, node: slice(m.do(node.lower), m.do(node.upper), m.do(node.step)),
     "Subscript": lambda m, node: m.at(operator.getitem, m.do(node.value), m.do(node.slice)),
     "Tuple": lambda m, node: tuple(m.evaluate(node.elts)),
-}.items()}
-NODES |= vars(Interpreter)
-NODES = {getattr(ast, name[3:]): run for name, run in NODES.items() if name.startswith("do_")}
+} | {name[3:]: run for name, run in vars(Interpreter).items() if name.startswith("do_")}
+NODES = {getattr(ast, name): run for name, run in NODES.items()}
 # Nothing to do: `annotate` has seen to global and nonlocal; None is what is left out, as in a[1:]
 NODES |= dict.fromkeys((ast.Global, ast.Nonlocal, ast.Pass, type(None)), lambda m, node: None)
 

@@ -246,6 +246,14 @@ X = "x, y = Symbol('x'), Symbol('y')\n"
     (X + "answer = solve_it(Eq(1 / x, x), x)[x]", "refused"),
     (X + "answer = solve_it(Eq(x / y, 3), x)[x]", "refused"), (X + "answer = x / 0", "error"),
     (X + "answer = 1 / (x - x)", "error"), (X + "answer = 6 * x / x", "no answer"),
+    # an equation is true or false only without an unknown, as in sympy
+    (X + "answer = 1 if Eq(2, 3) else 2", 2), (X + "answer = 1 if Eq(4, 4) == True else 2", "refused"),
+    (X + "answer = 1 if Eq(x, x) else 2", 1), (X + "answer = 1 if Eq(x, 3) else 2", "error"),
+    (X + "Eq(x, 3)\nanswer = 1", 1), (X + "answer = Eq(2, 2) + 1", "error"), (X + "answer = sum([Eq(2, 2)])", "error"),
+    (X + "answer = solve_it([Eq(x, 3), Eq(2, 2)], [x])[x]", 3), (X + "answer = [1, 2][Eq(2, 2)]", "error"),
+    (X + "answer = 1 if solve_it([Eq(x, 3), Eq(2, 3)], [x])[x] is None else 0", 1),
+    # a Fraction that is too large for a float
+    ("from fractions import Fraction\nn = Fraction(10 ** 400, 3)\nprint(f'{n:.2f}')\nanswer = 1", "error"),
     # an import that is not used
     ("import statistics, datetime as d\nimport numpy as np\nfrom sympy import symbols\nanswer = 18",
      18),
