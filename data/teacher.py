@@ -20,11 +20,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
-from functools import cache
-from http.client import HTTPException
-from itertools import groupby, islice
+from http.client import HTTPException, InvalidURL
+from itertools import islice
 from pathlib import Path
+from queue import Queue
 from textwrap import dedent
 
 import torch
@@ -33,14 +32,15 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data.answers import MARKER, STRATEGIES, is_correct, number_behind  # noqa: E402
-from data.files import read_json, read_questions, read_rationales  # noqa: E402
+from data.files import read_json, read_questions, read_rationales, run_command  # noqa: E402
 from data.hub import find_model  # noqa: E402
 from data.program import run_program  # noqa: E402
-from sampler import Student, generate, stream  # noqa: E402
+from sampler import KVCache, Student, generate, stream  # noqa: E402
 
 START = b'{"id": '    # of every line that is written
 NEXT = "\nQuestion:"  # a teacher that goes on with a question of its own is cut there
-CLOSING = r"\s*(?:\\\]|\$\$|```|~~~)"  # of a display or a fence with the final answer in it
+# What may close a display or a fence with the final answer in it.
+CLOSING = re.compile(r"(?:\s*(?:\\\]|\$\$|```|~~~))?")
 MOST_MARKERS = 20   # of a text that says "Final answer:" all the time, and never a number
 LOOK_EVERY = 16     # ids of a text: then it is read to see whether it is over
 TRIAL_STEPS = 4
@@ -65,32 +65,22 @@ def ask_for(question) -> str:
     return f"Question: {question.text}\nAnswer:"
 
 
-def has_next(text: str) -> bool:
-    """Does the text go on to a question of its own? Then it is whole up to there."""
-    return NEXT in THOUGHTS.sub("", text, count=1)
-
-
-def end_of_answer(strategy: str, text: str) -> int | None:
-    """The place behind the first line that gives a final answer."""
-    if strategy == "pot":
-        return None  # a program's answer is its last value
-    for marker in islice(MARKER.finditer(text), MOST_MARKERS):
-        number, end = number_behind(text, marker)
-        if number is not None:
-            closing = re.match(CLOSING, text[end:])
-            return end + closing.end() if closing else end
-    return None
+def end_of_answer(strategy: str, text: str) -> int:
+    """The place behind the first line that gives a final answer; without one, the text's end."""
+    if strategy != "pot":  # a program's answer is its last value
+        for marker in islice(MARKER.finditer(text), MOST_MARKERS):
+            number, end = number_behind(text, marker)
+            if number is not None:
+                return CLOSING.match(text, end).end()
+    return len(text)
 
 
 def is_over(strategy: str, text: str) -> bool:
     """Does the text go on behind its final answer, or to a question of its own? Then it was whole
     before."""
-    if has_next(text):
-        return True
     text = THOUGHTS.sub("", text, count=1)
-    end = end_of_answer(strategy, text)
-    behind = "" if end is None else text[end:].strip()
-    return len(behind) > 3  # not just the beginning of what closes a display
+    behind = text[end_of_answer(strategy, text):].strip()
+    return NEXT in text or len(behind) > 3  # not just the beginning of what closes a display
 
 
 def clean(strategy: str, text: str) -> str:
@@ -101,20 +91,19 @@ def clean(strategy: str, text: str) -> str:
     text = re.split(CONTROL, text, maxsplit=1)[0].partition(NEXT)[0].rstrip()
     for length in range(2, len(NEXT)):  # a server may leave half of its stop string
         text = text.removesuffix(NEXT[:length])
-    if strategy == "pot":
-        programs = [dedent(match[2]) for match in FENCED.finditer(text)]
-        for program in reversed(programs):
-            if run_program(program) is not None:
-                return program.strip()
-        return (programs[-1] if programs else dedent(text)).strip()
-    return text[:end_of_answer(strategy, text)].strip()
+    if strategy != "pot":
+        return text[:end_of_answer(strategy, text)].strip()
+    programs = [match[2] for match in FENCED.finditer(text)] or [text]
+    programs = [dedent(program).strip() for program in programs]
+    running = (program for program in reversed(programs) if run_program(program) is not None)
+    return next(running, programs[-1])
 
 
 # --------------------------------------------------------------------------------------------------
 # a server
 
 
-class Refused(Exception):
+class Refused(OSError):
     """The server will not answer, however often it is asked."""
 
 
@@ -157,6 +146,8 @@ def ask(args, question, strategy: str, seed: int, stopping: threading.Event):
             status, answered, content = post(address, body, headers, args.timeout)
         except (OSError, HTTPException, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
+            if isinstance(error, (InvalidURL, ValueError)):  # of the address or the key: it stays
+                raise Refused(f"{address}: {problem}") from None
         else:
             if status == 200:
                 return read_answer(content, strategy)
@@ -182,20 +173,21 @@ def read_answer(content: bytes, strategy: str):
         text = choice.get("text") or message.get("content") or ""
         if isinstance(text, list):  # of parts: thoughts and text
             text = "".join(part.get("text", "") for part in text if part.get("type") == "text")
+        # Half of a surrogate pair cannot be written as UTF-8.
+        text = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
         reason = choice.get("finish_reason")
-        cleaned = clean(strategy, text)
         used = (answer.get("usage") or {}).get("total_tokens") or 0
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Skipped(f"not an answer: {beginning(content)}") from None
+    cleaned = clean(strategy, text)
     if not cleaned:
         others = [name for name in message if message[name] and name not in ("role", "content")]
         where = f", but there is {' and '.join(others)}" if others else ""
         raise Skipped(f"no text, finish_reason {reason!r}{where}. A teacher that thinks before it "
                       f"answers needs a larger --max-new-tokens: {beginning(content)}")
-    # Half of a surrogate pair cannot be written as UTF-8.
-    cleaned = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", cleaned)
     # Not is_over: a thought that was cut off may hold a final answer, too.
-    return cleaned, reason in FINISHED or has_next(text), used
+    finished = reason in FINISHED or NEXT in THOUGHTS.sub("", text, count=1)
+    return cleaned, finished, used
 
 
 def beginning(content: bytes) -> str:
@@ -210,47 +202,63 @@ def ask_server(args, jobs, n_there: int):
     texts again that it got before a stop.
     """
     seed = args.seed + n_there
-    jobs = iter(jobs)
-    running = {}  # future -> (question, strategy)
-    skipped = []
-    n_answers = n_there
+    waiting = iter(jobs)  # one for all threads: each takes the next
+    # Of (question, strategy, answer or error); and None, once by each thread. With a limit: or the
+    # threads would go on asking where the answers cannot be written.
+    arrived = Queue(args.in_flight)
     stopping = threading.Event()
-    pool = ThreadPoolExecutor(args.in_flight)
-    try:
-        while True:
-            for question, strategy, k in jobs:
-                future = pool.submit(ask, args, question, strategy, seed + k, stopping)
-                running[future] = question, strategy
-                if len(running) >= 2 * args.in_flight:
-                    break
-            if not running:
+
+    def work():
+        for question, strategy, k in waiting:
+            if stopping.is_set():
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                question, strategy = running.pop(future)
-                try:
-                    answer = future.result()
-                except Skipped as error:
-                    skipped.append(f"{question.id} [{strategy}]: {error}")
-                    if len(skipped) == MOST_SKIPPED and not n_answers:
-                        raise Refused(f"{args.url}: {MOST_SKIPPED} requests and no text; the last: "
-                                      f"{skipped[-1]}") from None
-                else:
-                    n_answers += 1
-                    yield question, strategy, *answer
-        if skipped:
-            print(f"{len(skipped)} requests were refused, and are asked again next time:")
-            print("\n".join(skipped[:5]))
-    except (KeyboardInterrupt, Refused):
-        stopping.set()
-        under_way = {future: job for future, job in running.items() if not future.cancel()}
-        print(f"\nstopping: {len(under_way)} requests are under way (Ctrl-C: without them)",
-              file=sys.stderr)
-        for future in as_completed(under_way):
-            if not future.exception():
-                yield *under_way[future], *future.result()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+            try:
+                answer = ask(args, question, strategy, seed + k, stopping)
+            except Exception as error:
+                answer = error
+            arrived.put((question, strategy, answer))
+        arrived.put(None)
+
+    n_threads = min(args.in_flight, len(jobs))
+    for _ in range(n_threads):
+        threading.Thread(target=work, daemon=True).start()
+    n_answers = n_there
+    skipped = []
+    reason = None  # why it stops early
+    while n_threads:
+        try:
+            item = arrived.get()
+        except KeyboardInterrupt as error:
+            if reason:
+                raise
+            item = None, None, error
+        if item is None:
+            n_threads -= 1
+            continue
+        question, strategy, answer = item
+        if isinstance(answer, tuple):
+            n_answers += 1
+            yield question, strategy, *answer
+            continue
+        if isinstance(answer, Skipped):
+            skipped.append(f"{question.id} [{strategy}]: {answer}")
+            if len(skipped) < MOST_SKIPPED or n_answers:
+                continue
+            answer = Refused(f"{args.url}: {MOST_SKIPPED} requests and no text; the last: "
+                             f"{skipped[-1]}")
+        if not reason:
+            reason = answer
+            stopping.set()
+            print("\nstopping, when the requests that are under way have ended (Ctrl-C: without "
+                  "them)", file=sys.stderr)
+    name_some(skipped, "requests were refused, and are asked again next time:")
+    if reason:
+        raise reason
+
+
+def name_some(problems: list[str], what: str):
+    if problems:
+        print("\n".join([f"{len(problems)} {what}", *problems[:5]]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,13 +275,15 @@ class Teacher(Student):
         # with its <|endoftext|>, which its eos_token_id may leave out.
         V = self.model.config.vocab_size  # some tokenizers know more: Gemma 3's, of a picture
         self.stop_ids += [id for id in self.specials.values() if id < V]
-
-    @cache
-    def stem(self, strategy):
-        return tuple(self.tokenizer.encode(examples(strategy)).ids)
+        self.stems = {}
+        for strategy in STRATEGIES:
+            first, *ids = self.tokenizer.encode(examples(strategy)).ids  # <bos>, where there is one
+            # Some tokenizers append an end token.
+            ids = [id for id in ids if id not in self.specials.values()]
+            self.stems[strategy] = [first, *ids]
 
     def prompt(self, question, strategy=None):
-        return self.stem(strategy), self.encode(ask_for(question))
+        return self.stems[strategy], self.encode(ask_for(question))
 
 
 def ask_checkpoint(args, jobs, n_there: int):
@@ -290,8 +300,8 @@ def ask_checkpoint(args, jobs, n_there: int):
     if jobs:
         announce(teacher, args, jobs)
     n_empty = 0
-    for k, group in groupby(jobs, key=lambda job: job[2]):  # equal prompts would get equal texts
-        group = list(group)
+    for k in sorted({k for *_, k in jobs}):  # apart: equal prompts would get equal texts
+        group = [job for job in jobs if job[2] == k]
         prompts = [teacher.prompt(question, strategy) for question, strategy, _ in group]
 
         def goes_on(i, ids):
@@ -317,35 +327,37 @@ def ask_checkpoint(args, jobs, n_there: int):
 
 
 def leave_out_long(teacher, jobs):
-    """The jobs whose prompt and text fit the teacher; names the others."""
+    """The jobs whose prompt and text fit the teacher; names some of the others."""
     room = teacher.model.config.max_position_embeddings - teacher.max_new_tokens
     kept = []
+    long = []
     for job in jobs:
-        stem, tail = teacher.prompt(*job[:2])
-        if len(stem) + len(tail) <= room:
+        question, strategy, _ = job
+        stem, tail = teacher.prompt(question, strategy)
+        if len(stem + tail) <= room:
             kept.append(job)
         else:
-            print(f"{job[0].id} [{job[1]}]: left out, its prompt has {len(stem) + len(tail)} "
-                  f"tokens; with --max-new-tokens {teacher.max_new_tokens} there is room for {room}")
+            long.append(f"{question.id} [{strategy}]: its prompt has {len(stem + tail)} tokens")
+    name_some(long, f"texts are left out; with --max-new-tokens {teacher.max_new_tokens} there is "
+                    f"room for prompts of {room}")
     return kept
 
 
 def announce(teacher, args, jobs):
     """Says what the texts will need: memory computed, time from a trial of some steps."""
     model = teacher.model
-    config = model.config
-    size = model.output_weight().element_size()
-    weights = sum(parameter.numel() for parameter in model.parameters()) * size
     question, strategy, _ = jobs[0]
     stem, tail = teacher.prompt(question, strategy)
     rows = min(args.rows, len(jobs))
-    length = 2 * (len(stem) + len(tail)) + args.max_new_tokens  # prompts have a cache of their own
-    pairs = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    caches = rows * length * pairs * 2 * size
-    print(f"{args.model}, {str(model.output_weight().dtype).removeprefix('torch.')}: "
-          f"{weights / 1e9:.1f} GB of weights, {caches / 1e9:.1f} GB of keys and values")
+    length = 2 * len(stem + tail) + args.max_new_tokens  # prompts have a cache of their own
+    weight = model.output_weight()
+    cache = KVCache(model.config, rows, length, weight.to("meta"))  # shapes without memory
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    caches = sum(layer.nbytes for layer in cache.layers)
+    print(f"{args.model}, {str(weight.dtype).removeprefix('torch.')}: {weights / 1e9:.1f} GB of "
+          f"weights, {caches / 1e9:.1f} GB of keys and values")
     started = time.time()
-    generate(model, [[0]] * rows, max_new_tokens=TRIAL_STEPS, stop_ids=[])
+    generate(model, [[0]] * rows, max_new_tokens=TRIAL_STEPS, stop_ids=[], batch_size=rows)
     step = (time.time() - started) / (TRIAL_STEPS + 1)  # the prompts take one, too
     steps = len(stem) / rows + len(tail) + args.max_new_tokens
     minutes = math.ceil(len(jobs) / rows) * steps * step / 60
@@ -357,7 +369,7 @@ def mend(path: Path) -> None:
     """Cuts off a last line that a kill has left half written; ends one that is whole."""
     with open(path, "rb+") as file:
         content = file.read()
-        last = content[content.rfind(b"\n") + 1:]
+        last = content.rpartition(b"\n")[2]
         try:
             file.write(b"\n" if last and json.loads(last) else b"")
         except ValueError:
@@ -366,6 +378,19 @@ def mend(path: Path) -> None:
                                  "another file?") from None
             file.truncate(len(content) - len(last))
             print(f"{path}: the last line was not whole, and is cut off: {last[:80]!r}")
+
+
+FLAGS = (  # name, default, least value, meaning
+    ("--samples", 10, 1, "texts per question and strategy"),
+    ("--temperature", 0.7, 0, "0: always the likeliest token"),
+    ("--max-new-tokens", 512, 1, "of a text; a teacher that thinks first needs thousands: its "
+                                 "thoughts count"),
+    ("--in-flight", 8, 1, "server: requests at a time"),
+    ("--timeout", 120.0, 1e-3, "server: seconds to wait for an answer"),
+    ("--attempts", 8, 1, "server: per request, with growing waits between, two minutes in all"),
+    ("--rows", 48, 1, "checkpoint: texts written at once"),
+    ("--seed", 0, 0, "of the texts"),
+)
 
 
 def parse_args(argv=None):
@@ -378,6 +403,8 @@ def parse_args(argv=None):
     add("--url", help="of an OpenAI-compatible server, up to /v1 [none: --model is a checkpoint]")
     add("--model", required=True,
         help="its name on the server; or a checkpoint: a folder, or owner/name on the hub")
+    for name, default, _, meaning in FLAGS:
+        add(name, type=type(default), default=default, help=f"{meaning} [{default}]")
     add("--completions", action="store_true",
         help="ask for completions, not chat: a base model without a chat template")
     add("--key-variable", default="OPENAI_API_KEY",
@@ -385,27 +412,22 @@ def parse_args(argv=None):
     add("--extra", type=json.loads, default={}, metavar="JSON",
         help="further fields of a request; null leaves one out: "
              """'{"max_tokens": null, "max_completion_tokens": 512}'""")
-    add("--samples", type=int, default=10, help="texts per question and strategy [10]")
-    add("--temperature", type=float, default=0.7, help="[0.7]")
-    add("--max-new-tokens", type=int, default=512,
-        help="of a text [512]; a teacher that thinks first needs thousands: its thoughts count")
-    add("--in-flight", type=int, default=8, help="requests at a time [8]")
-    add("--timeout", type=float, default=120, help="seconds to wait for an answer [120]")
-    add("--attempts", type=int, default=8,
-        help="per request, with growing waits between them: two minutes in all [8]")
-    add("--rows", type=int, default=48, help="checkpoint: texts written at once [48]")
     add("--device", default=device, help=f"checkpoint: cpu or cuda [{device}]")
     add("--dtype", choices=("float32", "bfloat16"),
         help="checkpoint: of weights and arithmetic [as stored]")
-    add("--seed", type=int, default=0, help="[0]")
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("http://", "https://")):
         parser.error(f"--url {args.url}: it does not begin with http:// or https://")
     if not isinstance(args.extra, dict):
         parser.error(f"--extra {args.extra}: it is not a JSON object")
-    for name in ("samples", "max_new_tokens", "in_flight", "attempts", "rows"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: must be at least 1")
+    for name, _, least, _ in FLAGS:
+        value = getattr(args, name[2:].replace("-", "_"))
+        if not least <= value < math.inf:
+            parser.error(f"{name} {value}: must be at least {least}, and finite")
+    try:
+        torch.zeros(1, device="cpu" if args.url else args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
 
 
@@ -430,45 +452,33 @@ def main() -> None:
     if out.exists():
         mend(out)
         there = read_rationales(out, questions)
-    by_id = {question.id: question for question in questions}
-    written = Counter()
-    correct = Counter()
-    for rationale in there:
-        written[rationale.strategy] += 1
-        gold = by_id[rationale.id].answer
-        correct[rationale.strategy] += is_correct(rationale.strategy, rationale.text, gold)
     jobs = list_jobs(args, questions, there)
     print(f"{out}: {len(there)} texts are there, {len(jobs)} to come")
     collect = ask_server if args.url else ask_checkpoint
-    answers = collect(args, jobs, len(there))
     n_tokens = 0
     bar = tqdm(total=len(jobs), unit="text", disable=None)
     with open(out, "a", encoding="utf-8") as file, bar:
-        for question, strategy, text, finished, used in answers:
+        for question, strategy, text, finished, used in collect(args, jobs, len(there)):
             record = {"id": question.id, "strategy": strategy, "text": text}
             if not finished:
                 record["finished"] = False
             file.write(json.dumps(record) + "\n")
             file.flush()
             n_tokens += used
-            written[strategy] += 1
-            correct[strategy] += is_correct(strategy, text, question.answer)
             bar.update()
             bar.set_postfix_str(f"{n_tokens:,} tokens")
-    figures = [f"{s} {correct[s]} of {written[s]} ({correct[s] / max(written[s], 1):.0%})"
-               for s in STRATEGIES]
-    print(f"{n_tokens:,} tokens used; correct: {', '.join(figures)}")
-    if jobs and not sum(written.values()):
+    there = read_rationales(out, questions)
+    if jobs and not there:
         raise ValueError(f"{out}: not one text was collected")
+    gold = {question.id: question.answer for question in questions}
+    figures = []
+    for strategy in STRATEGIES:
+        right = [is_correct(strategy, rationale.text, gold[rationale.id])
+                 for rationale in there if rationale.strategy == strategy]
+        share = sum(right) / max(len(right), 1)
+        figures.append(f"{strategy} {sum(right)} of {len(right)} ({share:.0%})")
+    print(f"{n_tokens:,} tokens used; correct: {', '.join(figures)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, Refused) as error:
-        print(f"teacher.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nteacher.py: stopped; the same command goes on from here", file=sys.stderr,
-              flush=True)
-        os._exit(130)  # without waiting for requests that are still under way
+    run_command(main)

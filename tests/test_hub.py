@@ -214,7 +214,7 @@ def test_teacher_of_the_hub(start_hub, tmp_path):
     # The worked examples are longer than this student's context, which is only known once it has
     # been read.
     code, printed, said = finish(start(tmp_path / "cache", hub, *command))
-    assert code == 2 and "1 [cot]: left out, its prompt has" in printed + said
+    assert code == 2 and "1 [cot]: its prompt has" in printed + said
     assert hub.fetched == Counter(WANTED)
     command = [*command, "--model", "siked/absent"]
     code, _, said = finish(start(tmp_path / "cache", hub, *command))

@@ -22,6 +22,7 @@ from unittest import mock
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -209,6 +210,7 @@ CLEANED = [  # strategy, text, what is kept of it
     ("pot", "- Code:\n\t```python\n\teggs = 9\n\tanswer = eggs * 2\n\t```", PROGRAM),
     ("pot", " eggs = 9\n answer = eggs * 2", PROGRAM), ("pot", " " + PROGRAM, PROGRAM),
     ("pot", "```python\nanswer = 17\n```\nBetter:\n```python\nanswer = 18\n```\nIt prints:\n```\n18\n```", "answer = 18"),
+    ("pot", "```\nanswer = 17\n```\nBetter: ```python x = 18\nanswer = x\n```", "x = 18\nanswer = x"),
     ("pot", "Given:\n```\n9 eggs twice\n```\n```python\nanswer = 9 * 2\n```", "answer = 9 * 2"),
     ("pot", "<think>\n```python\nanswer = 17\n```\nno.\n</think>\n\n```python\nanswer = 18\n```", "answer = 18"),
 ]
@@ -347,6 +349,15 @@ def test_ctrl_c_writes_the_answers_under_way_and_does_not_wait_for_more(question
     assert len(server.requests) == 3 and len(read_lines(out)) == 2
 
 
+def test_an_address_that_cannot_be_one_is_not_tried_again(questions):
+    """There would be two minutes of waits before the last attempt."""
+    started = time.time()
+    process = start(questions, "--url", "http://[bad", "--model", "m")
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and time.time() - started < 30
+    assert "teacher.py: " in printed and "Traceback" not in printed
+
+
 def test_fields_of_a_request_can_be_changed(questions):
     """null takes one out. The key is sent without a line break behind it."""
     server = Server()
@@ -367,7 +378,9 @@ def test_only_a_half_written_line_is_cut_off(questions, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (("--url", "localhost:8000/v1"), "--url localhost:8000/v1"), (("--extra", "[1]"), "--extra [1]"),
-    (("--in-flight", "0"), "--in-flight: must be at least 1")])
+    (("--in-flight", "0"), "--in-flight 0: must be at least 1"),
+    (("--temperature", "nan"), "--temperature nan: must be at least 0"),
+    (("--timeout", "-1"), "--timeout -1.0"), (("--device", "abacus"), "--device abacus: ")])
 def test_unusable_flags_are_named(questions, flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--questions", str(questions), "--model", "m", *flags])
@@ -467,12 +480,14 @@ def test_a_text_of_a_checkpoint_that_goes_on_behind_its_answer_is_whole(monkeypa
 def test_a_question_that_is_too_long_for_a_checkpoint_is_left_out(capsys):
     """It is named. The others do not wait for it."""
     teacher = Teacher(ROOT / "data/student", 40)
-    teacher.stem = lambda strategy: (5,)
+    teacher.stems = {"cot": [5]}
     room = teacher.model.config.max_position_embeddings - 40
     jobs = [(Question("long", "how " * room, 1), "cot", 0), (Question("short", "How?", 1), "cot", 0)]
     assert leave_out_long(teacher, jobs) == jobs[1:]
     said = capsys.readouterr().out
-    assert said.startswith("long [cot]: left out") and said.count("\n") == 1
+    assert said.startswith("1 texts are left out") and "\nlong [cot]: its prompt has" in said
+    assert leave_out_long(teacher, jobs[:1] * 1000) == []
+    assert capsys.readouterr().out.count("\n") == 6
 
 
 def test_any_control_token_ends_the_text_of_a_checkpoint(tmp_path):
@@ -486,6 +501,19 @@ def test_any_control_token_ends_the_text_of_a_checkpoint(tmp_path):
     teacher = Teacher(model, 40)
     assert 40 in teacher.stop_ids and set(Student(model).stop_ids) < set(teacher.stop_ids)
     assert tokenizer.token_to_id("<picture>") not in teacher.stop_ids
+
+
+def test_the_examples_end_in_no_end_token(tmp_path):
+    """Some tokenizers append one to every text. The question comes behind it."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data/student", model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    end = Student(model).stop_ids[0]
+    name = tokenizer.id_to_token(end)
+    tokenizer.post_processor = TemplateProcessing(single=f"$A {name}", special_tokens=[(name, end)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    stem, _ = Teacher(model, 40).prompt(Question("1", "How many?", 1), "cot")
+    assert end not in stem and len(stem) > 100
 
 
 def test_a_checkpoint_feeds_the_examples_once():
