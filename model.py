@@ -126,7 +126,7 @@ class Config:
             fields = read_json(path)
             model_type = fields.get("model_type")
             # Checked first: another type's fields may have other names.
-            if model_type not in list(FAMILIES):  # a list: the value may be one, which has no hash
+            if model_type not in list(FAMILIES):  # not in the dict itself: it may be unhashable
                 raise ValueError(f"model_type = {model_type!r} is not implemented, only "
                                  f"{', '.join(FAMILIES)}; its architectures: "
                                  f"{fields.get('architectures')}")
@@ -518,7 +518,7 @@ class Decoder(nn.Module):
         tensors = read_tensors(folder, dtype, device)
         if model.lm_head is None and "lm_head.weight" in tensors:  # tied, yet stored, in some files
             head = tensors.pop("lm_head.weight")
-            # In some of them it is there under this name alone.
+            # Some files hold the matrix as lm_head.weight alone.
             embedding = tensors.setdefault("model.embed_tokens.weight", head)
             if not torch.equal(head, embedding):
                 raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "

@@ -10,8 +10,8 @@ tail is that id, then the tag if a strategy is forced. So no tail is empty: the 
 end of the tail gives the text's first token. All prompts of a question have one stem.
 
 Texts differ in length, so the batch is kept full. `stream` does, in this order:
-    refill  The next samples take the free rows. A refill feeds each of its stems once, copies the
-            cache for the tags and samples of each, feeds their tails in one pass, fills the rows.
+    refill  The next samples take the free rows. Each of their stems is fed once. Its cache is
+            copied for each of its samples, and one pass feeds the tails of all samples.
     shrink  When no sample waits any more, the running rows move to a smaller batch now and then.
     step    One token per row is drawn and fed. Each row writes to the cache at its own length.
     leave   A row that drew a stop id, or max_new_tokens ids, is free.
@@ -213,9 +213,9 @@ class Batch:
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0, so that they do not make S larger.
 
-        They cannot run past the cache's end. Every row that runs after a refill ends within
-        max_new_tokens steps. By then the next refill sets the free rows back to place 0, or all is
-        over."""
+        They cannot run past the cache's end. Each refill sets them back to place 0. Within
+        max_new_tokens steps after it every row in use ends, so long before that enough rows are
+        free for the next refill; or no sample waits, and with these rows all is over."""
         self.cache.set_lengths(rows, 0)
 
     def keep(self, rows):

@@ -30,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.answers import STRATEGIES
-from data.files import (load_training, open_run_folder, read_data, saved, write_lines, write_text,
-                        write_whole)
+from data.files import (load_training, open_run_folder, read_data, run_command, saved, write_lines,
+                        write_text, write_whole)
 from data.hub import find_model
 from data.report import count_programs, print_round, update_metrics, write_report
 from model import Decoder
@@ -87,7 +87,7 @@ def parse_args(argv=None):
                                      formatter_class=raw)
     add = parser.add_argument
     for name, default, _, meaning in FLAGS:
-        add(name, type=type(default), default=default, help=f"{meaning} [{default}]")
+        add(name, type=type(default), default=default, help=f"{meaning} [%(default)s]")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help=f"cpu or cuda [{device}]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="computes in [float32]")
@@ -196,9 +196,9 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
 def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weights_folder=None):
     """Trains the student's model in place on examples [(prompt ids, target ids)].
 
-    A step takes several batches; its loss is the mean over the trained tokens of all of them. The
-    reason: texts of a batch have similar lengths. In a step of short texts alone the mean would be
-    over few tokens, so their tags would weigh more: a student would choose short texts.
+    A step takes several batches; its loss is the mean over the trained tokens of all of them. Why
+    several? Texts of a batch have similar lengths. In a step of short texts alone the mean would be
+    over few tokens, so their tags would weigh more: a student would learn to choose short texts.
     checkpoint: a file from which a killed training goes on, to the same weights.
     weights_folder: it holds the student's weights as they are now. With it LoRA in bfloat16 keeps
     the frozen weights in bfloat16 alone, to save memory, and reads the float32 ones at the end.
@@ -211,7 +211,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weigh
         weights_folder = None  # the frozen weights stay float32: there is nothing to read again
     if args.lora:
         model.add_lora(args.lora, args.lora_alpha, seed, dtype if weights_folder else None)
-    # The lookup gives few rows of (V, C) a gradient: no second (V, C) is made to add them to .grad.
+    # The gradient of the lookup holds the batch's tokens alone, not a second (V, C) beside .grad.
     model.model.embed_tokens.sparse = True
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
@@ -289,7 +289,7 @@ def make_examples(student, questions, rationales):
     """Yields (prompt ids, target ids) of each rationale."""
     by_id = {question.id: question for question in questions}
     for rationale in rationales:
-        stem, tail = student.prompt(by_id[rationale.id])  # two parts: the sampler feeds a stem once
+        stem, tail = student.prompt(by_id[rationale.id])  # two parts of a prompt, see sampler.py
         yield stem + tail, student.target(rationale)
 
 
@@ -413,7 +413,8 @@ def check_lengths(student, data):
 
 def leave_out_long(student, data, max_length):
     """The data without the teacher's texts that are too long to train on. They go before the
-    filter, which may find a shorter one. Own texts are never left out: see check_lengths."""
+    filter, which may find a shorter one. Own texts all stay: check_lengths has made sure that the
+    student has positions enough for them."""
     max_length = min(max_length, student.model.config.max_position_embeddings)
     examples = make_examples(student, data.questions, data.teacher)
     kept = []
@@ -447,11 +448,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("train.py: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)

@@ -757,6 +757,13 @@ def test_help_gives_every_flag_with_its_default(capsys, monkeypatch):
             assert f" [{shown}]" in entry, entry
 
 
+def test_help_where_the_path_of_the_repository_holds_a_percent_sign(capsys, monkeypatch):
+    monkeypatch.setattr(train, "FLAGS", (("--model", Path("50%/student"), None, "it"), *train.FLAGS[1:]))
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert "[50%/student]" in capsys.readouterr().out
+
+
 def test_defaults_run_the_embedded_example():
     """`python train.py --iters 3` needs no other flag, from any folder."""
     args = parse_args([])
