@@ -2,6 +2,8 @@
 
     python data/student/pretrain.py --out FOLDER    # writes config.json, model.safetensors, tokenizer.json
 
+Its optimizer, Muon, needs torch 2.9 or newer.
+
 A document is a story of the toy world and some lines of practice on it, or practice alone: listing the numbers, naming
 the operation of each change, carrying results on, looking up who was invited by whom, small sums. Only the practice
 is trained on. None of it is a rationale: there are no strategy tags, no sub-questions, no programs, no final answers,
