@@ -58,7 +58,7 @@ def test_catalogue(catalogue):
             assert reason == "ok" and math.isclose(value, case["answer"], rel_tol=1e-6), (name, value, reason)
         else:
             assert value is None and reason in ("no answer", "error", "refused", "budget"), (name, value, reason)
-    assert seconds < 20
+    assert seconds < 60  # 12 by itself on an old server; gc.collect takes longer in a large process
 
 
 def test_catalogue_in_a_small_thread(catalogue):
@@ -358,4 +358,4 @@ def test_mutated_programs(monkeypatch):
         assert (type(value) in (Fraction, float) and math.isfinite(value)) == (reason == "ok"), source
         reasons[reason] += 1
     assert set(reasons) == {"ok", "no answer", "error", "refused", "budget"}
-    assert time.thread_time() - start < 20
+    assert time.thread_time() - start < 60
