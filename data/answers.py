@@ -12,8 +12,9 @@ the filter of the student's and the evaluation (steps 1 and 6) call it, so they 
 Read siked.py before; program.py, which evaluates the programs, after.
 
 The rule for cot and l2m: behind the last "Final answer:", in the first line that is more than
-decoration, stands one number, and nothing that may change its value. Else the answer is None. So
-the filter loses a text now and then, but hardly ever keeps a wrong one.
+decoration, stands one number, and beside it nothing but words and signs that are known to leave it
+as it is. Else the answer is None. So the filter loses a text now and then, but hardly ever keeps a
+wrong one.
 
 Promised: every text is answered in a time linear in its length, and 0 is a value like any other;
 "nothing" is None.
@@ -33,65 +34,67 @@ STRATEGIES = ("cot", "l2m", "pot")
 # larger one. Exact answers need no tolerance, but programs compute in floats (0.07 * 100 is
 # 7.000000000000001) and texts round.
 TOLERANCE = Fraction(1, 1_000_000)
-MAX_DIGITS = 400  # of one number, and of its exponent's size: a float has at most 309 before the .
 
 MENTION = re.compile(r"final\s{1,9}answer", re.IGNORECASE)
-# A mention that announces the answer: by a colon, the end of bold print, or the end of the line.
-MARKER = re.compile(MENTION.pattern + r"(?: ?\([^()\n]{0,40}\))?"
-                    r"(?:[\s*_]{0,9}[:=]|\*\*|[ *_]{0,9}$)", re.IGNORECASE | re.MULTILINE)
+# A mention that announces the answer: by a colon, the end of bold print or of the line, or by "is"
+# and a number.
+MARKER = re.compile(MENTION.pattern + r"(?: ?\([^()\n]{0,40}\))?(?:[\s*_]{0,9}[:=]|\*\*|[ *_]{0,9}$"
+                    r"| is(?=(?:\\boxed|[^a-z0-9\n]){1,9}[0-9]))", re.IGNORECASE | re.MULTILINE)
+ITEM = re.compile(r"^[ *]*(?:[-+*•]|\(?[A-Za-z]\)) +", re.MULTILINE)  # what begins a line of a list
 
-FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4"}
-# What people and LaTeX write -> the same in plain signs; decoration -> "|". It is not just deleted:
+# What people and LaTeX write -> the same in plain signs; decoration -> "`". It is not just deleted:
 # "5**2" must not become 52.
 PLAINER = [
     ("[\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}]", "-"),
     (r"\{,\}|,\\!", ","),
     ("\\\\[,;: ]|~|[\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}\t\r]", " "),
     (r"(?<=[0-9]) ?(?=\\[dt]?frac|[½⅓⅔¼¾])", " "),   # mixed: "2\frac{1}{3}"
-    *FRACTIONS.items(),
-    (r"\\[dt]?frac ?\{(-?[0-9.,]+)\} ?\{([0-9.,]+)\}", r"\1/\2|"),
-    (r"\\[dt]?frac ?([0-9]) ?([0-9])", r"\1/\2|"),
-    (r"\{(-?[0-9.,]+) ?\\over ?([0-9.,]+)\}", r"\1/\2|"),
-    (r"\\%", "%"),
-    (r"```[a-z]*$|<[^<>\n]{0,40}>", "|"),                           # a fence, a tag
-    (r"\\(?:[a-z]?box|boxed|text|text[a-z]{2}|math[a-z]{2}|left|right|displaystyle|quad)\b", "|"),
-    (r"(?:\b(?:US|CA|AU|NZ|A|C))?\\?\$|[€£¥₹]", "|"),
-    (r"\\[()\[\]!\\]|[*`#{}|]|(?<![0-9])_|_(?![0-9])", "|"),
+    ("½", "1/2`"), ("⅓", "1/3`"), ("⅔", "2/3`"), ("¼", "1/4`"), ("¾", "3/4`"),
+    (r"\\[dt]?frac ?(?:\{([^{}]*)\}|([0-9])) ?(?:\{([^{}]*)\}|([0-9]))", r"\1\2/\3\4`"),
+    (r" ?\\over\b ?", "/"),
+    (r"```[a-z]*$|<[^<>\n]{0,40}>", "`"),                           # a fence, a tag
+    (r"\\(?:[a-z]?box|boxed|text|text[a-z]{2}|math[a-z]{2}|left|right|displaystyle|quad)\b", "`"),
+    (r"(?:\b(?:US|CA|AU|NZ|A|C))?\\?\$|[€£¥₹]", "`"),
+    (r"\\[()\[\]!\\]|[*#{}]|(?<![0-9])_|_(?![0-9])", "`"),
+    (r"(?<=[0-9`]) ?\\?%", " percent "),
+    (r"(?<=[a-z]{2})-(?=`*[0-9])", " "),                            # no minus: "Total-18"
+    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:\.[0-9]{3}(?=[.,])){1,99}[.,][0-9]+",  # 1.234,5; 1.234.567
+     lambda match: match[0].translate(str.maketrans(".,", ",."))),
 ]
 
-# A stretch of digits with what may stand between them, and one number: "-5", "1.5e3", "7/2",
-# "2 2/3", "2 and 2/3". A space counts if exactly three digits follow.
-DIGITS = r"\.?[0-9](?:[.,_']?[0-9]| (?=[0-9]{3}(?![0-9/-])))*"
-NUMBER = re.compile(rf"(?:(?P<sign>[-+])\|*)?(?P<digits>{DIGITS})"
-                    r"(?:e(?P<exponent>[-+]?[0-9]{1,3})\b"
-                    rf"| ?/ ?(?P<denominator>{DIGITS})"
-                    r"| (?:and )?(?P<part>[0-9]{1,9})/(?P<parts>[0-9]{1,9})\b)?", re.IGNORECASE)
-SPELLINGS = (  # of digits; the signs that group thousands; the decimal point
-    (r"[0-9]*\.?[0-9]+", "", "."),                                          # 1234.5, .5
-    (r"[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3}(?:\.[0-9]+)?", ",", "."),   # 1,234.5; 1,00,000
-    (r"[1-9][0-9]{0,2}(?:[ _'][0-9]{3})+(?:\.[0-9]+)?", " _'", "."),        # 1 234.5, 1_234
-    (r"[1-9][0-9]{0,2}(?:\.[0-9]{3})+,[0-9]+", ".", ","),                   # 1.234,5
-    (r"[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}", ".", ","),                       # 1.234.567
-)
+# The digits of a number: 1,234.5 or 1,00,000; 1 234.5 or 1_234; 1234.5; .5
+DIGITS = (r"(?:[1-9][0-9]{0,2}(?:(?:,[0-9]{2,3}){0,99},[0-9]{3}|(?:[ _'][0-9]{3}){1,99})"
+          r"(?:\.[0-9]{1,99})?|[0-9]{1,300}(?:\.[0-9]{1,300})?|\.[0-9]{1,300})")
+# A number: "-5", "1.5e3", "7/2", "2 2/3", "2 and 2/3". All its lengths are limited: Fraction reads
+# every match, and fast.
+NUMBER = (r"(?:(?P<sign>[-+])`*)?(?:(?P<whole>[0-9]{1,9}) (?:and )?(?=[1-9][0-9]{0,8}/))?"
+          rf"(?P<top>{DIGITS}(?:e[-+]?[0-9]{{1,2}})?)(?: ?/ ?(?P<bottom>[1-9][0-9]{{0,8}}))?")
 MAGNITUDES = {"k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "hundred": 100, "thousand": 10 ** 3,
               "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
-MAGNITUDE = re.compile(r"\|*(?: ?(hundred|thousand|million|billion|trillion)s?|k|(?-i:[MB]))"
-                       r"(?![a-z])", re.IGNORECASE | re.ASCII)
+MAGNITUDE = (r"(?:`* ?(?P<magnitude>hundred|thousand|million|billion|trillion"
+             r"|(?<! )(?:k|(?-i:[MB])))s?(?![a-z]))?")
 
-ITEM = re.compile(r"[| ]*[-+•] +")  # of a list
-
-# What may change the value of a number that it stands before, or behind.
-SIGNS_BEFORE = re.compile(r"[\\^<>+±×÷√…—/%]|(?<![A-Za-z])-|-(?![A-Za-z])|[.,]$")
-SIGNS_BEHIND = re.compile(r"[\\^<>+±×÷√…=]|\.\.|^\|*([-—:!]|[A-Za-z](?![A-Za-z])| [kKMB]\b)")
-NUMBER_WORDS = set("""
-    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred
-    hundreds thousand thousands million millions billion billions trillion trillions lakh lakhs
-    crore crores dozen dozens half halves third thirds quarter quarters fourth fourths fifth fifths
-    sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths
-    thousandth thousandths point plus minus negative not twice double triple squared cubed root
-    factorial pi below bn mil mn
-""".split())
+# What leaves a number as it is: words, and signs that calculate nothing (each sign in one way only,
+# or a search would take forever) ...
+BESIDE = "(?:" + "|".join([
+    r"[a-z `,:;!?°¢\"“”()\[\]✅✓]",
+    r"\.(?!\.)",                        # one "."; "0.33..." goes on
+    r"(?<=[a-z])[-/'’](?=[a-z])",       # long-term, km/h, Bob's
+    r"(?<=[a-z] )[-—](?= [a-z]{2})",    # 18 eggs — as we saw
+    r"(?<![a-z])/(?=[a-z]{2})",         # 18/week
+]) + ")*"
+# ... of which some must stand apart from it: not "x2", "f(5)", "Rs.50"; not "5x", "5 K", "5!".
+APART_BEFORE = r"(?<![a-z.,])(?<![a-z]\()"
+APART_BEHIND = r"(?!`*(?:[a-z](?![a-z])|(?-i: [kKMBnxyz]\b)|[:!?(]))"
+LINE = re.compile(rf"(?P<before>{BESIDE}(?:[=≈]{BESIDE})*){APART_BEFORE}{NUMBER}{MAGNITUDE}"
+                  rf"{APART_BEHIND}(?P<behind>{BESIDE})", re.IGNORECASE | re.ASCII)
+# These words calculate, and so do their plurals and ordinals.
+NUMBER_WORD = re.compile(r"""\b(?:
+    zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen
+    |sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety
+    |hundred|thousand|million|billion|trillion|bn|mil|mio|mn|lakh|crore|dozen|half|halve|third
+    |quarter|fifth|eighth|ninth|twentieth|pi|plus|minus|negative|not|below|twice|double|triple
+    |squared|cubed|root|factorial|repeating|recurring)(?:th)?s?\b""", re.IGNORECASE | re.VERBOSE)
 
 
 def numeric_answer(strategy, text):
@@ -118,7 +121,7 @@ def parse_number(text):
     """The number that is all of `text`, such as a gold answer: "18", "-1,234.50", "$5", "1/2",
     "50%". Else None."""
     line = plain(text.strip().removesuffix("%").removesuffix("."))
-    match = NUMBER.fullmatch(line.strip("| "))
+    match = re.fullmatch(NUMBER, line.strip("` "), re.IGNORECASE)
     return number_in(match) if match else None
 
 
@@ -137,70 +140,33 @@ def plain(text):
 
 def number_behind(text, marker):
     """(the number behind this marker or None, the place in the text where its line ends)."""
-    lines = re.compile(".+").finditer(text, marker.end())
-    lines = [line for line in lines if line[0].strip()]
-    for i, match in enumerate(lines):
-        line = plain(match[0])
-        item = ITEM.match(line) if match.start() > marker.end() else None  # in a list "- 18" is 18
-        if item:
-            line = line[item.end():]
-            if i + 1 < len(lines) and ITEM.match(plain(lines[i + 1][0])):
-                break  # of several items none is the answer
-        if line.strip("| "):
+    for match in re.compile(".+").finditer(text, marker.end()):
+        item = ITEM.match(text, match.start())  # in a list "- 18" is 18 ...
+        line = plain(text[item.end():match.end()] if item else match[0])
+        if item and len(ITEM.findall(text, match.start())) > 1:
+            break  # ... but of several items none is the answer
+        if line.strip("` "):
             return only_number(line), match.end()
     return None, len(text)
 
 
 def only_number(line):
-    """The one number in a plain line. None: there is none, there are several, or something beside
-    it may change its value."""
-    match = NUMBER.search(line)
-    value = number_in(match) if match else None
-    if value is None:
+    """The one number in a plain line. None: there is none, there are several, or what is beside it
+    is not known to leave it as it is."""
+    match = LINE.fullmatch(line)
+    if not match or NUMBER_WORD.search(match["before"] + " " + match["behind"]):
         return None
-    before = line[:match.start()]
-    behind = line[match.end():]
-    in_word = before[-1:].isalpha()
-    if in_word:
-        value = abs(value)  # "Total-18"
-    magnitude = MAGNITUDE.match(behind)
-    if magnitude:
-        value *= MAGNITUDES[magnitude[0].strip("| ").lower().removesuffix("s")]
-        behind = behind[magnitude.end():]
-    beside = f"{before} {behind}".lower()
-    if (in_word and not match["sign"]  # "CO2"
-            or SIGNS_BEFORE.search(before) or SIGNS_BEHIND.search(behind)
-            or any(map(str.isnumeric, beside))
-            or NUMBER_WORDS & set(re.findall("[a-z]+", beside))):
-        return None
+    value = number_in(match)
+    if value is not None and match["magnitude"]:
+        value *= MAGNITUDES[match["magnitude"].lower()]
     return value
 
 
 def number_in(match):
-    """The value of a match of NUMBER. None: "3,4" may be two numbers, "1/0" is none."""
-    value = digits_value(match["digits"])
-    exponent = int(match["exponent"] or 0)
-    if value is None or abs(exponent) > MAX_DIGITS:
-        return None
-    value *= Fraction(10) ** exponent
-    if match["denominator"]:
-        denominator = digits_value(match["denominator"])
-        if not denominator:
+    """The value of a match of NUMBER. None: "2 3/2" may be two numbers."""
+    value = Fraction(re.sub("[,_' ]", "", match["top"])) / int(match["bottom"] or 1)
+    if match["whole"]:
+        if value >= 1:
             return None
-        value /= denominator
-    if match["parts"]:
-        part = int(match["part"])
-        parts = int(match["parts"])
-        if not match["digits"].isdecimal() or part >= parts:
-            return None
-        value += Fraction(part, parts)
+        value += int(match["whole"])
     return -value if match["sign"] == "-" else value
-
-
-def digits_value(digits):
-    if len(digits) <= MAX_DIGITS:
-        for spelling, groups, point in SPELLINGS:
-            if re.fullmatch(spelling, digits):
-                plainer = str.maketrans(point, ".", groups)  # the last are deleted
-                return Fraction(digits.translate(plainer))
-    return None
