@@ -17,14 +17,15 @@ import re
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from http.client import HTTPException, InvalidURL
-from itertools import islice
+from itertools import islice, product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import Queue
 from textwrap import dedent
+from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from tqdm import tqdm
@@ -32,7 +33,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data.answers import MARKER, STRATEGIES, is_correct, number_behind  # noqa: E402
-from data.files import read_json, read_questions, read_rationales, run_command  # noqa: E402
+from data.files import Question, read_json, read_questions, read_rationales  # noqa: E402
+from data.files import run_command  # noqa: E402
 from data.hub import find_model  # noqa: E402
 from data.program import run_program  # noqa: E402
 from sampler import KVCache, Student, generate, stream  # noqa: E402
@@ -55,6 +57,16 @@ ANSWER = r"[#*_]*answer[*_]*:(?! *\w+ *=)[*_]*|\[\w+\]:"
 START_OF_TEXT = re.compile(rf"(?:\s*(?:{CONTROL}|{ROLE}|{ANSWER}))*", re.IGNORECASE)
 # A program in a fence. Before it may stand the name of a language.
 FENCED = re.compile(r"(`{3,}|~{3,}) *(?:py\w*|\w*(?=\s*\n))?(.*?)(?:\1|\Z)", re.DOTALL | re.I)
+
+
+class Answer(NamedTuple):
+    """What server and checkpoint give for each text that is asked for."""
+    question: Question
+    strategy: str
+    text: str = ""
+    finished: bool = True
+    tokens: int = 0    # used
+    problem: str = ""  # why there is no text
 
 
 def examples(strategy: str) -> str:
@@ -103,34 +115,11 @@ def clean(strategy: str, text: str) -> str:
 # a server
 
 
-class Refused(OSError):
-    """The server will not answer, however often it is asked."""
-
-
-class Skipped(Refused):
-    """It does not answer this one request: a content filter, or a question that is too long."""
-
-
-def post(address: str, body: dict, headers: dict, timeout: float):
-    """(status, headers, content) of the answer, whatever its status."""
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        response = error  # which is an answer all the same
-    with response:
-        return response.status, response.headers, response.read()
-
-
-def ask(args, question, strategy: str, seed: int, stopping: threading.Event):
-    """One request to an OpenAI-compatible server: (text, finished, tokens used).
-
-    Errors of the network, time-outs, 408, 429 and 5xx are tried again after waits that double, or
-    that are as long as the server's Retry-After asks. Refused says what the last was.
-    """
-    prompt = examples(strategy) + ask_for(question)
+def make_request(args, prompt: str, seed: int) -> Request:
+    address = args.url.rstrip("/") + "/chat/completions"
     body = {"messages": [{"role": "user", "content": prompt}]}
     if args.completions:
+        address = args.url.rstrip("/") + "/completions"
         body = {"prompt": prompt}
     body |= {"model": args.model, "temperature": args.temperature, "seed": seed,
              "max_tokens": args.max_new_tokens, "stop": [NEXT]} | args.extra
@@ -139,33 +128,53 @@ def ask(args, question, strategy: str, seed: int, stopping: threading.Event):
     key = os.environ.get(args.key_variable, "").strip()
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    address = args.url.rstrip("/") + ("/completions" if args.completions else "/chat/completions")
+    return Request(address, json.dumps(body).encode(), headers)
+
+
+def post(request: Request, timeout: float):
+    """(status, headers, content) of the answer, whatever its status."""
+    try:
+        response = urlopen(request, timeout=timeout)
+    except HTTPError as error:
+        response = error  # which is an answer all the same
+    with response:
+        return response.status, response.headers, response.read()
+
+
+def ask(args, question, strategy: str, seed: int, stopping: threading.Event) -> Answer:
+    """One request to the server. OSError: it will answer none, however often it is asked.
+
+    Errors of the network, time-outs, 408, 429 and 5xx are tried again after waits that double, or
+    that are as long as the server's Retry-After asks.
+    """
+    request = make_request(args, examples(strategy) + ask_for(question), seed)
+    address = request.full_url
     for attempt in range(args.attempts):
         pause = min(60, 2 ** attempt)  # seconds
         try:
-            status, answered, content = post(address, body, headers, args.timeout)
-        except (OSError, HTTPException, ValueError) as error:
+            status, headers, content = post(request, args.timeout)
+        except (InvalidURL, ValueError) as error:  # of the address or the key: it stays
+            raise OSError(f"{address}: {error}") from None
+        except (OSError, HTTPException) as error:
             problem = f"{type(error).__name__}: {error}"
-            if isinstance(error, (InvalidURL, ValueError)):  # of the address or the key: it stays
-                raise Refused(f"{address}: {problem}") from None
         else:
             if status == 200:
-                return read_answer(content, strategy)
+                return Answer(question, strategy, *read_answer(content, strategy))
             problem = f"{status}: {beginning(content)}"
-            if status in (400, 413, 422):
-                raise Skipped(problem)
+            if status in (400, 413, 422):  # of this question: filtered, or too long
+                return Answer(question, strategy, problem=problem)
             if status < 500 and status not in (408, 429):
-                raise Refused(f"{address}: {problem}")
-            asked = answered.get("Retry-After", "")
+                raise OSError(f"{address}: {problem}")
+            asked = headers.get("Retry-After", "")
             if asked.isdecimal():
                 pause = min(max(pause, int(asked)), 600)
         if attempt + 1 == args.attempts or stopping.wait(pause):
             break
-    raise Refused(f"{address}: {attempt + 1} attempts, the last one: {problem}")
+    raise OSError(f"{address}: {attempt + 1} attempts, the last one: {problem}")
 
 
 def read_answer(content: bytes, strategy: str):
-    """(text, finished, tokens used) of a server's answer. Skipped says why it holds no text."""
+    """(text, finished, tokens, problem) of an Answer."""
     try:
         answer = json.loads(content)
         choice = answer["choices"][0]
@@ -176,18 +185,19 @@ def read_answer(content: bytes, strategy: str):
         # Half of a surrogate pair cannot be written as UTF-8.
         text = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
         reason = choice.get("finish_reason")
-        used = (answer.get("usage") or {}).get("total_tokens") or 0
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise Skipped(f"not an answer: {beginning(content)}") from None
+        used = int((answer.get("usage") or {}).get("total_tokens") or 0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "", False, 0, f"not an answer: {beginning(content)}"
     cleaned = clean(strategy, text)
     if not cleaned:
         others = [name for name in message if message[name] and name not in ("role", "content")]
-        where = f", but there is {' and '.join(others)}" if others else ""
-        raise Skipped(f"no text, finish_reason {reason!r}{where}. A teacher that thinks before it "
-                      f"answers needs a larger --max-new-tokens: {beginning(content)}")
+        found = " and ".join(others) or "nothing else"
+        problem = (f"no text, finish_reason {reason!r}, there is {found}. A teacher that thinks "
+                   f"before it answers needs a larger --max-new-tokens: {beginning(content)}")
+        return "", False, used, problem
     # Not is_over: a thought that was cut off may hold a final answer, too.
     finished = reason in FINISHED or NEXT in THOUGHTS.sub("", text, count=1)
-    return cleaned, finished, used
+    return cleaned, finished, used, ""
 
 
 def beginning(content: bytes) -> str:
@@ -195,70 +205,41 @@ def beginning(content: bytes) -> str:
 
 
 def ask_server(args, jobs, n_there: int):
-    """Yields (question, strategy, text, finished, tokens) in the order in which the answers come.
-    Stopped, it also yields those to requests that are under way, since they are paid for.
+    """Yields an Answer for each job, in the order in which they come. Stopped, it also yields those
+    to requests that are under way, since they are paid for.
 
     n_there: texts that are there already. Each start has another seed, or a question would get the
     texts again that it got before a stop.
     """
     seed = args.seed + n_there
-    waiting = iter(jobs)  # one for all threads: each takes the next
-    # Of (question, strategy, answer or error); and None, once by each thread. With a limit: or the
-    # threads would go on asking where the answers cannot be written.
-    arrived = Queue(args.in_flight)
     stopping = threading.Event()
 
-    def work():
-        for question, strategy, k in waiting:
-            if stopping.is_set():
-                break
-            try:
-                answer = ask(args, question, strategy, seed + k, stopping)
-            except Exception as error:
-                answer = error
-            arrived.put((question, strategy, answer))
-        arrived.put(None)
-
-    n_threads = min(args.in_flight, len(jobs))
-    for _ in range(n_threads):
-        threading.Thread(target=work, daemon=True).start()
-    n_answers = n_there
-    skipped = []
-    reason = None  # why it stops early
-    while n_threads:
+    def work(job):
+        question, strategy, k = job
+        if stopping.is_set():
+            return None
         try:
-            item = arrived.get()
-        except KeyboardInterrupt as error:
-            if reason:
-                raise
-            item = None, None, error
-        if item is None:
-            n_threads -= 1
-            continue
-        question, strategy, answer = item
-        if isinstance(answer, tuple):
-            n_answers += 1
-            yield question, strategy, *answer
-            continue
-        if isinstance(answer, Skipped):
-            skipped.append(f"{question.id} [{strategy}]: {answer}")
-            if len(skipped) < MOST_SKIPPED or n_answers:
-                continue
-            answer = Refused(f"{args.url}: {MOST_SKIPPED} requests and no text; the last: "
-                             f"{skipped[-1]}")
-        if not reason:
-            reason = answer
+            return ask(args, question, strategy, seed + k, stopping)
+        except Exception as error:
+            return error
+
+    n_texts = n_there
+    with ThreadPool(args.in_flight) as pool:  # a program that ends does not wait for its threads
+        answers = pool.imap_unordered(work, jobs)
+        try:
+            for number, answer in enumerate(answers, start=1):
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+                n_texts += bool(answer.text)
+                if number == MOST_SKIPPED and n_texts == 0:
+                    raise OSError(f"{args.url}: {number} requests and no text; the last: "
+                                  f"{answer.problem}")
+        except (Exception, KeyboardInterrupt):
             stopping.set()
-            print("\nstopping, when the requests that are under way have ended (Ctrl-C: without "
-                  "them)", file=sys.stderr)
-    name_some(skipped, "requests were refused, and are asked again next time:")
-    if reason:
-        raise reason
-
-
-def name_some(problems: list[str], what: str):
-    if problems:
-        print("\n".join([f"{len(problems)} {what}", *problems[:5]]))
+            print("\nstopping after the requests under way (Ctrl-C: at once)", file=sys.stderr)
+            yield from (answer for answer in answers if isinstance(answer, Answer))
+            raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,16 +252,13 @@ class Teacher(Student):
 
     def __init__(self, *settings):
         super().__init__(*settings)
+        # What the tokenizer adds in front, <bos> or nothing; some also add an end token.
+        first = [id for id in self.tokenizer.encode("").ids if id not in self.stop_ids]
+        self.stems = {name: first + self.encode(examples(name)) for name in STRATEGIES}
         # Any control token ends a text: a chat model closes this one not with its <|im_end|>, but
         # with its <|endoftext|>, which its eos_token_id may leave out.
         V = self.model.config.vocab_size  # some tokenizers know more: Gemma 3's, of a picture
         self.stop_ids += [id for id in self.specials.values() if id < V]
-        self.stems = {}
-        for strategy in STRATEGIES:
-            first, *ids = self.tokenizer.encode(examples(strategy)).ids  # <bos>, where there is one
-            # Some tokenizers append an end token.
-            ids = [id for id in ids if id not in self.specials.values()]
-            self.stems[strategy] = [first, *ids]
 
     def prompt(self, question, strategy=None):
         return self.stems[strategy], self.encode(ask_for(question))
@@ -289,8 +267,6 @@ class Teacher(Student):
 def ask_checkpoint(args, jobs, n_there: int):
     """The same from a local model, --rows texts at a time. A stop loses only those."""
     seed = args.seed + n_there
-    if not jobs:
-        return  # or a complete collection would read the weights for nothing
     folder = find_model(args.model)
     fields = read_json(folder / "config.json")
     stored = fields.get("dtype") or fields.get("torch_dtype")
@@ -299,15 +275,13 @@ def ask_checkpoint(args, jobs, n_there: int):
     jobs = leave_out_long(teacher, jobs)
     if jobs:
         announce(teacher, args, jobs)
-    n_empty = 0
     for k in sorted({k for *_, k in jobs}):  # apart: equal prompts would get equal texts
         group = [job for job in jobs if job[2] == k]
         prompts = [teacher.prompt(question, strategy) for question, strategy, _ in group]
 
         def goes_on(i, ids):
-            if len(ids) % LOOK_EVERY > 0:
-                return False
-            return is_over(group[i][1], teacher.tokenizer.decode(ids))
+            strategy = group[i][1]
+            return len(ids) % LOOK_EVERY == 0 and is_over(strategy, teacher.tokenizer.decode(ids))
 
         texts = stream(teacher.model, prompts, max_new_tokens=args.max_new_tokens,
                        temperature=args.temperature, stop_ids=teacher.stop_ids, seed=seed + k,
@@ -316,14 +290,9 @@ def ask_checkpoint(args, jobs, n_there: int):
             question, strategy, _ = group[i]
             text = teacher.tokenizer.decode(ids)
             cleaned = clean(strategy, text)
-            if cleaned:
-                finished = len(ids) < args.max_new_tokens or is_over(strategy, text)
-                yield question, strategy, cleaned, finished, len(ids)
-            else:
-                n_empty += 1
-    if n_empty:
-        print(f"{n_empty} texts were empty. The same command asks for them again; where it wrote "
-              "nothing else, it needs another --seed")
+            finished = len(ids) < args.max_new_tokens or is_over(strategy, text)
+            problem = "" if cleaned else f"no text in {text[:80]!r}"
+            yield Answer(question, strategy, cleaned, finished, len(ids), problem)
 
 
 def leave_out_long(teacher, jobs):
@@ -331,13 +300,12 @@ def leave_out_long(teacher, jobs):
     room = teacher.model.config.max_position_embeddings - teacher.max_new_tokens
     kept = []
     long = []
-    for job in jobs:
-        question, strategy, _ = job
-        stem, tail = teacher.prompt(question, strategy)
-        if len(stem + tail) <= room:
-            kept.append(job)
+    for question, strategy, k in jobs:
+        length = sum(map(len, teacher.prompt(question, strategy)))
+        if length <= room:
+            kept.append((question, strategy, k))
         else:
-            long.append(f"{question.id} [{strategy}]: its prompt has {len(stem + tail)} tokens")
+            long.append(f"{question.id} [{strategy}]: its prompt has {length} tokens")
     name_some(long, f"texts are left out; with --max-new-tokens {teacher.max_new_tokens} there is "
                     f"room for prompts of {room}")
     return kept
@@ -350,11 +318,10 @@ def announce(teacher, args, jobs):
     stem, tail = teacher.prompt(question, strategy)
     rows = min(args.rows, len(jobs))
     length = 2 * len(stem + tail) + args.max_new_tokens  # prompts have a cache of their own
-    weight = model.output_weight()
-    cache = KVCache(model.config, rows, length, weight.to("meta"))  # shapes without memory
+    like = model.output_weight().to("meta")  # shapes without memory
+    caches = sum(layer.nbytes for layer in KVCache(model.config, rows, length, like).layers)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    caches = sum(layer.nbytes for layer in cache.layers)
-    print(f"{args.model}, {str(weight.dtype).removeprefix('torch.')}: {weights / 1e9:.1f} GB of "
+    print(f"{args.model}, {str(like.dtype).removeprefix('torch.')}: {weights / 1e9:.1f} GB of "
           f"weights, {caches / 1e9:.1f} GB of keys and values")
     started = time.time()
     generate(model, [[0]] * rows, max_new_tokens=TRIAL_STEPS, stop_ids=[], batch_size=rows)
@@ -368,23 +335,23 @@ def announce(teacher, args, jobs):
 def mend(path: Path) -> None:
     """Cuts off a last line that a kill has left half written; ends one that is whole."""
     with open(path, "rb+") as file:
-        content = file.read()
-        last = content.rpartition(b"\n")[2]
+        last = file.read().rpartition(b"\n")[2]
         try:
-            file.write(b"\n" if last and json.loads(last) else b"")
+            if last:
+                json.loads(last)
+                file.write(b"\n")
         except ValueError:
             if not last.startswith(START[:len(last)]):
                 raise ValueError(f"{path}: the last line is not one that this program began; is it "
                                  "another file?") from None
-            file.truncate(len(content) - len(last))
+            file.truncate(file.tell() - len(last))
             print(f"{path}: the last line was not whole, and is cut off: {last[:80]!r}")
 
 
 FLAGS = (  # name, default, least value, meaning
     ("--samples", 10, 1, "texts per question and strategy"),
     ("--temperature", 0.7, 0, "0: always the likeliest token"),
-    ("--max-new-tokens", 512, 1, "of a text; a teacher that thinks first needs thousands: its "
-                                 "thoughts count"),
+    ("--max-new-tokens", 512, 1, "of a text; a teacher that thinks first needs thousands"),
     ("--in-flight", 8, 1, "server: requests at a time"),
     ("--timeout", 120.0, 1e-3, "server: seconds to wait for an answer"),
     ("--attempts", 8, 1, "server: per request, with growing waits between, two minutes in all"),
@@ -401,20 +368,16 @@ def parse_args(argv=None):
     add("--questions", type=Path, required=True, help="JSON lines of id, question, answer")
     add("--out", type=Path, help="where to append [teacher.jsonl beside the questions]")
     add("--url", help="of an OpenAI-compatible server, up to /v1 [none: --model is a checkpoint]")
-    add("--model", required=True,
-        help="its name on the server; or a checkpoint: a folder, or owner/name on the hub")
+    add("--model", required=True, help="name on the server; or a folder, or owner/name on the hub")
     for name, default, _, meaning in FLAGS:
         add(name, type=type(default), default=default, help=f"{meaning} [{default}]")
-    add("--completions", action="store_true",
-        help="ask for completions, not chat: a base model without a chat template")
-    add("--key-variable", default="OPENAI_API_KEY",
-        help="environment variable with the server's key [OPENAI_API_KEY]")
+    add("--completions", action="store_true", help="no chat: for a base model without a template")
+    add("--key-variable", default="OPENAI_API_KEY", help="variable with the key [OPENAI_API_KEY]")
     add("--extra", type=json.loads, default={}, metavar="JSON",
         help="further fields of a request; null leaves one out: "
              """'{"max_tokens": null, "max_completion_tokens": 512}'""")
     add("--device", default=device, help=f"checkpoint: cpu or cuda [{device}]")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="checkpoint: of weights and arithmetic [as stored]")
+    add("--dtype", choices=("float32", "bfloat16"), help="checkpoint: of all numbers [as stored]")
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("http://", "https://")):
         parser.error(f"--url {args.url}: it does not begin with http:// or https://")
@@ -436,12 +399,42 @@ def list_jobs(args, questions, rationales):
     neighbours: a server, too, may feed these once."""
     n_there = Counter((rationale.id, rationale.strategy) for rationale in rationales)
     jobs = []
-    for k in range(args.samples):
-        for strategy in STRATEGIES:
-            for question in questions:
-                if k >= n_there[question.id, strategy]:
-                    jobs.append((question, strategy, k))
+    for k, strategy, question in product(range(args.samples), STRATEGIES, questions):
+        if k >= n_there[question.id, strategy]:
+            jobs.append((question, strategy, k))
     return jobs
+
+
+def name_some(problems: list[str], what: str):
+    if problems:
+        print("\n".join([f"{len(problems)} {what}", *problems[:5]]))
+
+
+def collect(args, jobs, n_there: int, out: Path) -> int:
+    """Appends each text as it comes, and names some of those that do not. Returns the tokens."""
+    ask_teacher = ask_server if args.url else ask_checkpoint
+    n_tokens = 0
+    problems = []
+    bar = tqdm(total=len(jobs), unit="text", disable=None)
+    try:
+        with open(out, "a", encoding="utf-8") as file, bar:
+            for answer in ask_teacher(args, jobs, n_there):
+                question, strategy, text, finished, used, problem = answer
+                n_tokens += used
+                if problem:
+                    problems.append(f"{question.id} [{strategy}]: {problem}")
+                    continue
+                record = {"id": question.id, "strategy": strategy, "text": text}
+                if not finished:
+                    record["finished"] = False
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                bar.update()
+                bar.set_postfix_str(f"{n_tokens:,} tokens")
+    finally:  # also if it is stopped
+        name_some(problems, "requests were refused or brought no text. The same command asks for "
+                            "them again; where it wrote nothing else, it needs another --seed:")
+    return n_tokens
 
 
 def main() -> None:
@@ -454,19 +447,7 @@ def main() -> None:
         there = read_rationales(out, questions)
     jobs = list_jobs(args, questions, there)
     print(f"{out}: {len(there)} texts are there, {len(jobs)} to come")
-    collect = ask_server if args.url else ask_checkpoint
-    n_tokens = 0
-    bar = tqdm(total=len(jobs), unit="text", disable=None)
-    with open(out, "a", encoding="utf-8") as file, bar:
-        for question, strategy, text, finished, used in collect(args, jobs, len(there)):
-            record = {"id": question.id, "strategy": strategy, "text": text}
-            if not finished:
-                record["finished"] = False
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            n_tokens += used
-            bar.update()
-            bar.set_postfix_str(f"{n_tokens:,} tokens")
+    n_tokens = collect(args, jobs, len(there), out) if jobs else 0  # else: read no weights
     there = read_rationales(out, questions)
     if jobs and not there:
         raise ValueError(f"{out}: not one text was collected")
