@@ -2,7 +2,8 @@
 
     python tests/bench.py                               # embedded student; a distilled one is made first, in out-bench/
     python tests/bench.py --model FOLDER --data data/svamp              # also a real checkpoint, on real questions
-    python tests/bench.py sample sft                    # only these parts; the others: limits, growth, students
+    python tests/bench.py sample sft                    # only these parts; the others: limits, growth, run, students
+    python tests/bench.py run --model FOLDER --data data/svamp          # the memory of a whole small run of train.py
     python tests/bench.py students                      # the paper's students on a GPU: memory and speed by the paper's preset
 
 Every measurement is a process of its own. Ours and those of the peers that are installed (transformers, trl, peft) take
@@ -18,6 +19,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -149,6 +151,19 @@ def measure_sft(job):
         passes=2 if job["lora"] else 3), "GB": 0}
 
 
+def measure_run(job):
+    """The peak of a whole run of train.py, and what it was after each training: does it grow from round to round?"""
+    fine_tune, peaks = train.fine_tune, []
+
+    def noted(*args, **keywords):
+        fine_tune(*args, **keywords)
+        peaks.append(peak_memory())
+
+    train.fine_tune, sys.argv = noted, ["train.py", *job["arguments"]]
+    seconds, _ = timed(train.main)
+    return {"seconds": seconds, "peaks": peaks}
+
+
 def measure_trl_sft(job):
     from datasets import Dataset
     from peft import LoraConfig
@@ -236,10 +251,10 @@ def peak_memory() -> float:
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 62)}
 
 
-def run_child(name, timeout=None, **job) -> dict:
+def run_child(name, timeout=None, malloc=KEEP_FREED_MEMORY, **job) -> dict:
     try:
         done = subprocess.run([sys.executable, __file__, "--child", json.dumps({"name": name, **job})],
-                              env=os.environ | KEEP_FREED_MEMORY, capture_output=True, text=True, timeout=timeout)
+                              env=os.environ | malloc, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"not done after {timeout:.0f} s") from None
     if done.returncode < 0:  # its last line would be no reason
@@ -295,10 +310,11 @@ def compare_all(repeats: int, limits: dict, title: str, unit: str, choices: dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("limits", "sample", "sft", "growth")
+    parts = ("limits", "sample", "sft", "growth", "run")
     parser.add_argument("parts", nargs="*", default=parts, metavar="part", help=f"{', '.join(parts)}, students")
     parser.add_argument("--model", help="a real checkpoint, a folder")
     parser.add_argument("--data", default=str(ROOT / "data/toy"), help="for it: train.jsonl and teacher.jsonl")
+    parser.add_argument("--questions", type=int, default=8, help="from it, that the checkpoint samples answers to [8]")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -366,8 +382,8 @@ def main() -> None:
         compare_sampling("Sampling, embedded student, float32, 100 questions x 3 tags x 10, temperature 0.7", 256, (60, 120, 240),
                          write_items(embedded, toy, 100) | {"n": 10, "tokens": 200, "temperature": 0.7, "dtype": "float32"})
         for temperature, n in ((0.7, 4), (0.0, 1)) if args.model else ():
-            compare_sampling(f"Sampling, {args.model}, {dtype}, 8 questions x 3 tags x {n}, 64 tokens, temperature {temperature}",
-                             96, (16, 96), write_items(args.model, args.data, 8) | {
+            compare_sampling(f"Sampling, {args.model}, {dtype}, {args.questions} questions x 3 tags x {n}, 64 tokens, "
+                             f"temperature {temperature}", 96, (16, 96), write_items(args.model, args.data, args.questions) | {
                                  "n": n, "tokens": 64, "temperature": temperature, "dtype": dtype, "stops": []})
     if "sft" in args.parts:
         compare_sft("SFT, embedded student, float32, 800 examples, 16 a step", (4, 16), write_items(embedded, toy, 0, 800) | {
@@ -384,6 +400,26 @@ def main() -> None:
                     "stops": [], "temperature": 0.7, "dtype": "float32", "batch": 256}
                 of = [run_child("measure_sampling", **job) for _ in range(args.repeats)]
                 print(f"  {counts}: {describe([r['seconds'] for r in of])} s, peak {describe([r['GiB'] for r in of])} GiB", flush=True)
+    if "run" in args.parts and args.model:
+        print(f"\nA whole run: {args.model}, {dtype}, --preset svamp, 200 questions, one round")
+        data = out / "data-200"
+        data.mkdir(exist_ok=True)
+        for name, count in (("train.jsonl", 200), ("test.jsonl", 40)):
+            lines = (Path(args.data) / name).read_text(encoding="utf-8").splitlines()[:count]
+            (data / name).write_text("\n".join(lines), encoding="utf-8")
+        ids = {question.id for question in read_questions(data / "train.jsonl")}
+        lines = (Path(args.data) / "teacher.jsonl").read_text(encoding="utf-8").splitlines()
+        (data / "teacher.jsonl").write_text(
+            "\n".join(line for line in lines if str(json.loads(line)["id"]) in ids), encoding="utf-8")
+        for title, lora in (("all weights", 0), ("LoRA 16", 16)):
+            run = out / f"run-{lora}"
+            shutil.rmtree(run, ignore_errors=True)  # or it would go on with what is there
+            result = run_child("measure_run", malloc={}, arguments=[
+                "--preset", "svamp", "--dtype", dtype, "--lora", str(lora), "--iters", "1",
+                "--model", args.model, "--data", str(data), "--out", str(run)])
+            after = ", ".join(f"{peak:.2f}" for peak in result["peaks"])
+            print(f"  {title}: {result['seconds'] / 60:.1f} min, peak {result['GiB']:.2f} GiB, after the trainings {after}",
+                  flush=True)
 
 
 if __name__ == "__main__":
