@@ -39,7 +39,7 @@ ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal
 BODIES = {  # of an answer with status 200 that is none
     "html": "<html>login</html>", "error": '{"error": {"message": "content filtered", "code": 403}}',
     "no choices": '{"choices": null, "error": {"message": "overloaded"}}', "stream": 'data: {"choices": []}\n\n',
-    "number": "7",
+    "number": "7", "deep": "[" * 200_000,
 }
 MESSAGES = {  # an answer without a text -> (message, finish_reason)
     "thoughts": ({"content": None, "reasoning_content": "Let me see"}, "stop"),
@@ -109,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
                 answer["choices"][0]["finish_reason"] = "length"
             if mood == "uncounted":
                 answer["usage"]["total_tokens"] = None
+            if mood == "counted in words":
+                answer["usage"]["total_tokens"] = "7"
             if mood == "nothing":
                 time.sleep(200)
             elif mood in ("cut", "cut error"):
@@ -244,7 +246,7 @@ def test_a_stopped_collection_asks_only_for_what_is_missing(questions, tmp_path)
 
 def test_bad_weather_is_survived(questions, tmp_path):
     """500, 429 with Retry-After, silence, answers that break off: asked again, nothing is lost."""
-    server = Server([500, 429, "nothing", "cut", "cut error", 408, "uncounted"])
+    server = Server([500, 429, "nothing", "cut", "cut error", 408, "uncounted", "counted in words"])
     started = time.time()
     collect(questions, server, "--timeout", 1)
     assert len(server.requests) == 18 + 6 and len(read_lines(tmp_path / "teacher.jsonl")) == 18
