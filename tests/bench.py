@@ -2,7 +2,7 @@
 
     python tests/bench.py                               # embedded student; a distilled one is made first, in out-bench/
     python tests/bench.py --model FOLDER --data data/svamp              # also a real checkpoint, on real questions
-    python tests/bench.py sample sft                    # only these parts; the others: limits, growth, run, students
+    python tests/bench.py sample sft                    # only these parts; the others: limits, run, students
     python tests/bench.py run --model FOLDER --data data/svamp          # the memory of a whole small run of train.py
     python tests/bench.py students                      # the paper's students on a GPU: memory and speed by the paper's preset
 
@@ -310,7 +310,7 @@ def compare_all(repeats: int, limits: dict, title: str, unit: str, choices: dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("limits", "sample", "sft", "growth", "run")
+    parts = ("limits", "sample", "sft", "run")
     parser.add_argument("parts", nargs="*", default=parts, metavar="part", help=f"{', '.join(parts)}, students")
     parser.add_argument("--model", help="a real checkpoint, a folder")
     parser.add_argument("--data", default=str(ROOT / "data/toy"), help="for it: train.jsonl and teacher.jsonl")
@@ -391,15 +391,6 @@ def main() -> None:
         for title, lora in (("all weights", 0), ("LoRA 16", 16)) if args.model else ():
             compare_sft(f"SFT, {args.model}, {dtype}, {title}, 32 examples, 8 a step", (2, 4, 8), write_items(
                 args.model, args.data, 0, 32) | {"per step": 8, "dtype": dtype, "lora": lora})
-    if "growth" in args.parts:
-        print("\nGrowth: embedded student, no stops, batches of 256")
-        for name in ("questions", "n", "tokens"):
-            for factor in (1, 2, 4):
-                counts = {"questions": 50, "n": 10, "tokens": 80} | {name: {"questions": 50, "n": 10, "tokens": 80}[name] * factor}
-                job = write_items(embedded, toy, counts["questions"]) | counts | {
-                    "stops": [], "temperature": 0.7, "dtype": "float32", "batch": 256}
-                of = [run_child("measure_sampling", **job) for _ in range(args.repeats)]
-                print(f"  {counts}: {describe([r['seconds'] for r in of])} s, peak {describe([r['GiB'] for r in of])} GiB", flush=True)
     if "run" in args.parts and args.model:
         print(f"\nA whole run: {args.model}, {dtype}, --preset svamp, 200 questions, one round")
         data = out / "data-200"
