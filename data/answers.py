@@ -11,10 +11,10 @@ The one place that decides what is correct: `is_correct`. The filter of the teac
 the filter of the student's and the evaluation (steps 1 and 6) call it, so they cannot disagree.
 Read siked.py before; program.py, which evaluates the programs, after.
 
-The rule for cot and l2m: behind the last "Final answer:", in the first line that is more than
-decoration, stands one number, and beside it nothing but words and signs that are known to leave it
-as it is. Else the answer is None. So the filter loses a text now and then, but hardly ever keeps a
-wrong one.
+The rule for cot and l2m: the last "final answer" of the text must announce one. Behind it, in the
+first line that is more than decoration, stands one number; beside it only signs that leave it as it
+is, and words, but no NUMBER_WORD. Else the answer is None. So the filter loses a text now and then,
+but hardly ever keeps a wrong one.
 
 Promised: every text is answered in a time linear in its length, and 0 is a value like any other;
 "nothing" is None.
@@ -36,8 +36,8 @@ STRATEGIES = ("cot", "l2m", "pot")
 TOLERANCE = Fraction(1, 1_000_000)
 
 MENTION = re.compile(r"final\s{1,9}answer", re.IGNORECASE)
-# A mention that announces the answer: by a colon, the end of bold print or of the line, or by "is"
-# and a number.
+# A mention, perhaps with a "(remark)", that announces the answer: by ":", "=", the end of bold
+# print or of the line, or by "is" and a number.
 MARKER = re.compile(MENTION.pattern + r"(?: ?\([^()\n]{0,40}\))?(?:[\s*_]{0,9}[:=]|\*\*|[ *_]{0,9}$"
                     r"| is(?=(?:\\boxed|[^a-z0-9\n]){1,9}[0-9]))", re.IGNORECASE | re.MULTILINE)
 ITEM = re.compile(r"^[ *]*(?:[-+*•]|\(?[A-Za-z]\)) +", re.MULTILINE)  # what begins a line of a list
@@ -69,6 +69,7 @@ DIGITS = (r"(?:[1-9][0-9]{0,2}(?:(?:,[0-9]{2,3}){0,99},[0-9]{3}|(?:[ _'][0-9]{3}
 # every match, and fast.
 NUMBER = (r"(?:(?P<sign>[-+])`*)?(?:(?P<whole>[0-9]{1,9}) (?:and )?(?=[1-9][0-9]{0,8}/))?"
           rf"(?P<top>{DIGITS}(?:e[-+]?[0-9]{{1,2}})?)(?: ?/ ?(?P<bottom>[1-9][0-9]{{0,8}}))?")
+# "2.5k", "$1.2M", "3 million". But "2m", "2b" and "5 K" may be units: None.
 MAGNITUDES = {"k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "hundred": 100, "thousand": 10 ** 3,
               "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
 MAGNITUDE = (r"(?:`* ?(?P<magnitude>hundred|thousand|million|billion|trillion"
@@ -83,12 +84,12 @@ BESIDE = "(?:" + "|".join([
     r"(?<=[a-z] )[-—](?= [a-z]{2})",    # 18 eggs — as we saw
     r"(?<![a-z])/(?=[a-z]{2})",         # 18/week
 ]) + ")*"
-# ... of which some must stand apart from it: not "x2", "f(5)", "Rs.50"; not "5x", "5 K", "5!".
+# ... except, before the number, in "x2", "f(5)", "Rs.50"; behind it in "5x", "5 K", "5!".
 APART_BEFORE = r"(?<![a-z.,])(?<![a-z]\()"
 APART_BEHIND = r"(?!`*(?:[a-z](?![a-z])|(?-i: [kKMBnxyz]\b)|[:!?(]))"
 LINE = re.compile(rf"(?P<before>{BESIDE}(?:[=≈]{BESIDE})*){APART_BEFORE}{NUMBER}{MAGNITUDE}"
                   rf"{APART_BEHIND}(?P<behind>{BESIDE})", re.IGNORECASE | re.ASCII)
-# These words calculate, and so do their plurals and ordinals.
+# Words that may change the number, or be another one.
 NUMBER_WORD = re.compile(r"""\b(?:
     zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen
     |sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety
@@ -118,9 +119,9 @@ def is_correct(strategy, text, gold):
 
 
 def parse_number(text):
-    """The number that is all of `text`, such as a gold answer: "18", "-1,234.50", "$5", "1/2",
-    "50%". Else None."""
-    line = plain(text.strip().removesuffix("%").removesuffix("."))
+    """The number that is all of `text`, such as a gold answer: "18", "-1,234.50", "$5", "1/2"; or
+    "50%", which is 50. Else None."""
+    line = plain(text.strip().removesuffix(".").removesuffix("%"))
     match = re.fullmatch(NUMBER, line.strip("` "), re.IGNORECASE)
     return number_in(match) if match else None
 
@@ -144,7 +145,7 @@ def number_behind(text, marker):
         item = ITEM.match(text, match.start())  # in a list "- 18" is 18 ...
         line = plain(text[item.end():match.end()] if item else match[0])
         if item and len(ITEM.findall(text, match.start())) > 1:
-            break  # ... but of several items none is the answer
+            break  # ... but with a second item anywhere below, none is the answer
         if line.strip("` "):
             return only_number(line), match.end()
     return None, len(text)
@@ -152,7 +153,7 @@ def number_behind(text, marker):
 
 def only_number(line):
     """The one number in a plain line. None: there is none, there are several, or what is beside it
-    is not known to leave it as it is."""
+    may change it."""
     match = LINE.fullmatch(line)
     if not match or NUMBER_WORD.search(match["before"] + " " + match["behind"]):
         return None

@@ -6,8 +6,8 @@
 
 Writes teacher.jsonl beside the questions: for each question and strategy --samples texts, right and
 wrong alike; train.py filters them. The prompt is data/prompts/STRATEGY.txt, eight worked examples,
-and the question. Every answer is appended as it comes, and the same command goes on where it was
-stopped: no answer is asked for twice.
+and the question. Every text is appended as it comes, and the same command goes on where it was
+stopped: no text that is there is asked for again.
 """
 import argparse
 import json
@@ -46,15 +46,15 @@ CLOSING = re.compile(r"(?:\s*(?:\\\]|\$\$|```|~~~))?")
 MOST_MARKERS = 20   # of a text that says "Final answer:" all the time, and never a number
 LOOK_EVERY = 16     # ids of a text: then it is read to see whether it is over
 TRIAL_STEPS = 4
-MOST_SKIPPED = 20   # requests without one text: then all are refused for the same reason
+MOST_SKIPPED = 20   # first requests without one text: then all would be refused
 FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason: a whole text
 
 THOUGHTS = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)
 CONTROL = r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
 ROLE = r"(?:assistant|model)\n"
 # "**Answer:**", "[cot]:"; but not "answer: int = 3", which is Python
-ANSWER = r"[#*_]*answer[*_]*:(?! *\w+ *=)[*_]*|\[\w+\]:"
-START_OF_TEXT = re.compile(rf"(?:\s*(?:{CONTROL}|{ROLE}|{ANSWER}))*", re.IGNORECASE)
+LABEL = r"[#*_]*answer[*_]*:(?! *(?:int|float) *=)[*_]*|\[\w+\]:"
+START_OF_TEXT = re.compile(rf"(?:\s*(?:{CONTROL}|{ROLE}|{LABEL}))*", re.IGNORECASE)
 # A program in a fence. Before it may stand the name of a language.
 FENCED = re.compile(r"(`{3,}|~{3,}) *(?:py\w*|\w*(?=\s*\n))?(.*?)(?:\1|\Z)", re.DOTALL | re.I)
 
@@ -73,7 +73,7 @@ def examples(strategy: str) -> str:
     return (HERE / "prompts" / f"{strategy}.txt").read_text(encoding="utf-8")
 
 
-def ask_for(question) -> str:
+def query(question) -> str:
     return f"Question: {question.text}\nAnswer:"
 
 
@@ -83,22 +83,22 @@ def end_of_answer(strategy: str, text: str) -> int:
         for marker in islice(MARKER.finditer(text), MOST_MARKERS):
             number, end = number_behind(text, marker)
             if number is not None:
-                return CLOSING.match(text, end).end()
+                return CLOSING.match(text, end).end()  # a later one may be of another question
     return len(text)
 
 
 def is_over(strategy: str, text: str) -> bool:
     """Does the text go on behind its final answer, or to a question of its own? Then it was whole
     before."""
-    text = THOUGHTS.sub("", text, count=1)
+    text = THOUGHTS.sub("", text)
     behind = text[end_of_answer(strategy, text):].strip()
     return NEXT in text or len(behind) > 3  # not just the beginning of what closes a display
 
 
 def clean(strategy: str, text: str) -> str:
-    """A teacher's text without what is not its answer: thoughts, control tokens, a repeated
-    "Answer:", a further question, what follows the final answer, what surrounds a program."""
-    text = THOUGHTS.sub("", text, count=1)
+    """A teacher's text without thoughts, a repeated "Answer:", all from a control token or further
+    question on, all behind the final answer; of several programs the last one that runs."""
+    text = THOUGHTS.sub("", text)
     text = text[START_OF_TEXT.match(text).end():]
     text = re.split(CONTROL, text, maxsplit=1)[0].partition(NEXT)[0].rstrip()
     for length in range(2, len(NEXT)):  # a server may leave half of its stop string
@@ -142,12 +142,12 @@ def post(request: Request, timeout: float):
 
 
 def ask(args, question, strategy: str, seed: int, stopping: threading.Event) -> Answer:
-    """One request to the server. OSError: it will answer none, however often it is asked.
+    """One text, by up to --attempts requests. OSError ends the whole collection.
 
-    Errors of the network, time-outs, 408, 429 and 5xx are tried again after waits that double, or
-    that are as long as the server's Retry-After asks.
+    Errors of the network, time-outs, 408, 429 and 5xx are tried again after waits that double, up
+    to a minute; Retry-After may make one longer, up to ten. After 400, 413, 422 there is no text.
     """
-    request = make_request(args, examples(strategy) + ask_for(question), seed)
+    request = make_request(args, examples(strategy) + query(question), seed)
     address = request.full_url
     for attempt in range(args.attempts):
         pause = min(60, 2 ** attempt)  # seconds
@@ -195,8 +195,8 @@ def read_answer(content: bytes, strategy: str):
         problem = (f"no text, finish_reason {reason!r}, there is {found}. A teacher that thinks "
                    f"before it answers needs a larger --max-new-tokens: {beginning(content)}")
         return "", False, used, problem
-    # Not is_over: a thought that was cut off may hold a final answer, too.
-    finished = reason in FINISHED or NEXT in THOUGHTS.sub("", text, count=1)
+    # Not is_over: a thought that was cut off, its opening tag left out, may hold a final answer.
+    finished = reason in FINISHED or NEXT in THOUGHTS.sub("", text)
     return cleaned, finished, used, ""
 
 
@@ -224,7 +224,7 @@ def ask_server(args, jobs, n_there: int):
             return error
 
     n_texts = n_there
-    with ThreadPool(args.in_flight) as pool:  # a program that ends does not wait for its threads
+    with ThreadPool(args.in_flight) as pool:  # of daemons: a second Ctrl-C need not wait for them
         answers = pool.imap_unordered(work, jobs)
         try:
             for number, answer in enumerate(answers, start=1):
@@ -261,7 +261,7 @@ class Teacher(Student):
         self.stop_ids += [id for id in self.specials.values() if id < V]
 
     def prompt(self, question, strategy=None):
-        return self.stems[strategy], self.encode(ask_for(question))
+        return self.stems[strategy], self.encode(query(question))
 
 
 def ask_checkpoint(args, jobs, n_there: int):
@@ -279,13 +279,13 @@ def ask_checkpoint(args, jobs, n_there: int):
         group = [job for job in jobs if job[2] == k]
         prompts = [teacher.prompt(question, strategy) for question, strategy, _ in group]
 
-        def goes_on(i, ids):
+        def ends(i, ids):
             strategy = group[i][1]
             return len(ids) % LOOK_EVERY == 0 and is_over(strategy, teacher.tokenizer.decode(ids))
 
         texts = stream(teacher.model, prompts, max_new_tokens=args.max_new_tokens,
                        temperature=args.temperature, stop_ids=teacher.stop_ids, seed=seed + k,
-                       batch_size=args.rows, n_ids=teacher.n_ids, is_over=goes_on)
+                       batch_size=args.rows, n_ids=teacher.n_ids, is_over=ends)
         for i, _, ids in texts:
             question, strategy, _ = group[i]
             text = teacher.tokenizer.decode(ids)
@@ -354,7 +354,7 @@ FLAGS = (  # name, default, least value, meaning
     ("--max-new-tokens", 512, 1, "of a text; a teacher that thinks first needs thousands"),
     ("--in-flight", 8, 1, "server: requests at a time"),
     ("--timeout", 120.0, 1e-3, "server: seconds to wait for an answer"),
-    ("--attempts", 8, 1, "server: per request, with growing waits between, two minutes in all"),
+    ("--attempts", 8, 1, "server: per text; the waits between them grow, two minutes for 8"),
     ("--rows", 48, 1, "checkpoint: texts written at once"),
     ("--seed", 0, 0, "of the texts"),
 )
@@ -377,7 +377,7 @@ def parse_args(argv=None):
         help="further fields of a request; null leaves one out: "
              """'{"max_tokens": null, "max_completion_tokens": 512}'""")
     add("--device", default=device, help=f"checkpoint: cpu or cuda [{device}]")
-    add("--dtype", choices=("float32", "bfloat16"), help="checkpoint: of all numbers [as stored]")
+    add("--dtype", choices=("float32", "bfloat16"), help="checkpoint: bfloat16 if stored so")
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("http://", "https://")):
         parser.error(f"--url {args.url}: it does not begin with http:// or https://")

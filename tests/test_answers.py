@@ -121,6 +121,7 @@ def test_unknown_strategy_is_named():
 def test_parse_number_wants_nothing_but_a_number():
     for text, number in NUMBERS.items():
         assert parse_number(f" {text}\n") == number, text
+    assert parse_number("50%.") == 50
     more = ["72, in total", "She has 18 eggs", "$5/hour", "18kg", "2 thousand", "$1.2M", "x = 18", "Total-18"]
     for text in [*more, *NOTHING, "9 (apples)", "17; 8", "2:30", "blue", "5%%", "1 2", "NaN", "inf", "True"]:
         assert parse_number(text) is None, text

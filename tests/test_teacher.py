@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data.answers import STRATEGIES, numeric_answer  # noqa: E402
 import data.teacher  # noqa: E402
-from data.teacher import (Teacher, ask_checkpoint, ask_for, clean, examples, is_over,  # noqa: E402
+from data.teacher import (Teacher, ask_checkpoint, query, clean, examples, is_over,  # noqa: E402
                           leave_out_long, parse_args, read_answer)
 from data.files import Question  # noqa: E402
 from sampler import Student  # noqa: E402
@@ -183,7 +183,7 @@ def test_collects_every_sample_of_every_strategy(questions, tmp_path, flags):
 def test_the_worked_examples_are_right_and_the_same_in_all_strategies():
     questions = []
     for strategy in STRATEGIES:
-        prompt = examples(strategy) + ask_for(Question("1", "How many?", 1))
+        prompt = examples(strategy) + query(Question("1", "How many?", 1))
         pairs = re.findall(r"Question: (.*?)\nAnswer:\s(.*?)\n\n(?=Question:)", prompt, re.DOTALL)
         assert len(pairs) == 8 and prompt.endswith("Question: How many?\nAnswer:")
         questions.append([(question, numeric_answer(strategy, text)) for question, text in pairs])
@@ -200,10 +200,11 @@ CLEANED = [  # strategy, text, what is kept of it
     ("pot", "answer = 18\nQ", "answer = 18"), ("pot", "answer = 18\n\nQuestion", "answer = 18"),
     # thoughts, control tokens, labels
     ("cot", "<think>\nMaybe 17. Final answer: 17? no.\n</think>\n\n3 * 6 = 18. Final answer: 18", "3 * 6 = 18. Final answer: 18"),
-    ("cot", "Maybe 17.\n</think>\n18", "18"), ("cot", "<think>I begin to", ""),
+    ("cot", "Maybe 17.\n</think>\n18", "18"), ("cot", "<think>I begin to", ""), ("cot", "<think>a</think>18<think>b", "18"),
     ("cot", "<|im_start|>assistant\nFinal answer: 3<|im_end|>\n<|im_start|>user\nHi", "Final answer: 3"),
     ("pot", "answer = 18\n<end_of_turn>", "answer = 18"), ("pot", "answer = 18<|eot_id|>", "answer = 18"),
-    ("pot", "Answer:\n" + PROGRAM, PROGRAM), ("pot", "answer: int = 18", "answer: int = 18"), ("pot", "**Answer:**\n\nanswer = 18", "answer = 18"), ("cot", "[cot]: 18", "18"),
+    ("pot", "Answer:\n" + PROGRAM, PROGRAM), ("pot", "answer: int = 18", "answer: int = 18"), ("pot", "**Answer:**\n\nanswer = 18", "answer = 18"),
+    ("pot", "Answer: answer = 3", "answer = 3"), ("cot", "[cot]: 18", "18"),
     # fences
     ("cot", "```\n1+2\n```\nFinal answer: 3", "```\n1+2\n```\nFinal answer: 3"),
     ("pot", "Here it is:\n```python\nx = 1\nanswer = x\n```\nDone.", "x = 1\nanswer = x"),
