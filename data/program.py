@@ -192,17 +192,13 @@ class Interpreter:
     def __init__(self):
         self.steps, self.calls = STEPS, 0
         self.scope = self.module = Scope(None, None, {})
-        self.returned = None  # the value of the last `return`
 
     # The budget, and Python's own operations under it
 
-    def pay(self, steps):
-        self.steps -= max(0, steps)
+    def pay(self, size, limit=STEPS, per_step=1):
+        # What is over its limit costs all that is left, and so does NaN: the exponent of a power may be that
+        self.steps -= max(0, int(size) // per_step) if size <= limit else math.inf
         stop_if(self.steps < 0, "budget")
-
-    def pay_for(self, size, limit, per_step=1):
-        stop_if(not size <= limit, "budget")  # instead of ">": the exponent of a power may be NaN
-        self.pay(int(size) // per_step)
 
     def weigh(self, *values, refuse=()):
         """Pay for all that Python may visit to compare, copy or print `values`. A shared list is paid at every visit:
@@ -222,7 +218,8 @@ class Interpreter:
             elif kind in CONTAINERS or kind in (Linear, Equation):
                 items = value.items() if kind is dict else value
                 items = items if kind in CONTAINERS else vars(value).values()
-                self.pay(len(items) + 1)
+                # A set keeps the table of its elements when they are gone
+                self.pay(len(items) + 1 + (value.__sizeof__() // 1024 if kind is set else 0))
                 todo.extend((item, depth + 1) for item in items)
 
     def apply(self, function, *args, **keywords):
@@ -236,22 +233,20 @@ class Interpreter:
             self.weigh(*args, *keywords.values())
         try:
             if function in BITS:
-                self.pay_for(BITS[function](*args, **keywords), MAX_BITS, 64)
+                self.pay(BITS[function](*args, **keywords), MAX_BITS, 64)
             if function in SIZES:
-                self.pay_for(SIZES[function](*args, **keywords), MAX_SIZE)
+                self.pay(SIZES[function](*args, **keywords), MAX_SIZE)
             result = function(*args, **keywords)
         except HOST_ERRORS as error:
             raise Stop("error") from error
         kind = type(result)
         stop_if(kind not in VALUES)  # such as the complex number (-8) ** 0.5
-        if kind is range:
-            # Its numbers are made without being paid for
-            self.pay_for(20 * bits(result.start, result.stop, result.step), MAX_BITS, 64)
-        for part in result if function is divmod else [result]:
-            if type(part) in EXACT:
-                self.pay_for(bits(part), MAX_BITS, 64)
-        if not free and (kind is str or kind in CONTAINERS):
-            self.pay_for(len(result), MAX_SIZE, 8 if kind is str else 1)
+        if kind is range:  # its numbers are made without being paid for
+            self.pay(20 * bits(result.start, result.stop, result.step), MAX_BITS, 64)
+        elif kind in EXACT:
+            self.pay(bits(result), MAX_BITS, 64)
+        elif not free and (kind is str or kind in CONTAINERS):
+            self.pay(len(result), MAX_SIZE, 8 if kind is str else 1)
         return result
 
     def each(self, values):
@@ -271,17 +266,18 @@ class Interpreter:
         return list(self.each(values))
 
     def key(self, value):
-        """`value`, if it may be a dict key or in a set. Integers of more than 60 bits are refused: all multiples of
-        2**61 - 1 have the hash 0, and a set of them takes quadratic time; so are long tuples, of which many can be found
-        with one hash, and NaN, whose place depends on its address."""
+        """`value`, if it may be a dict key or in a set; not NaN, whose place depends on its address. More than
+        70 bits have a price: many such values may have one hash, as all multiples of 2**61 - 1 have, and a
+        set of them takes quadratic time."""
         self.weigh(value)
         size = 0  # bits
         for part in value if type(value) is tuple else [value]:
-            size += 64 if type(part) is float else bits(part)
+            size += 64 if type(part) is float else bits(part) + 1
             if type(part) is Linear:
                 self.unknown(part)
             else:
-                stop_if(type(part) not in PLAIN or bits(part) > 60 or size > 200 or part != part)
+                stop_if(type(part) not in PLAIN or part != part)
+        self.pay(4 * size if size > 70 else 0)
         return value
 
     # Operations of the language that are more than one of Python's
@@ -314,7 +310,7 @@ class Interpreter:
             elif type(b) is range and type(a) is int:
                 found = a in b  # at once, however long it is
             elif type(b) is Iterator:
-                found = any(self.apply(operator.eq, value, a) for value in self.each(b))  # the rest is not consumed
+                found = any(self.apply(operator.contains, [value], a) for value in self.each(b))  # leaves the rest
             else:
                 found = self.apply(operator.contains, b, a)
             return found is (comparison is ast.In)
@@ -333,21 +329,18 @@ class Interpreter:
             self.key(index)
         return self.apply(operation, container, index, *value)
 
-    def sort(self, values, /, *, key=None, reverse=False):
-        values = self.listed(values)
+    def order(self, pick, values, /, *more, key=None, **options):
+        """min, max and sorted: `pick` chooses among the places 0, 1 ... by the keys."""
+        values = [values, *more] if more else self.listed(values)
+        if not values:
+            return self.apply(pick, values, **options)
         keys = values if key is None else [self.call(key, [value], {}) for value in values]
         before = self.steps
         self.weigh(keys)
-        self.pay((before - self.steps) * len(keys).bit_length())  # so often each is compared
-        return [values[i] for i in sorted(range(len(keys)), key=keys.__getitem__, reverse=bool(reverse))]
-
-    def extreme(self, pick, values, *more, key=None, **default):  # `pick` is min or max
-        values = [values, *more] if more else self.listed(values)
-        if not values:
-            return self.apply(pick, values, **default)
-        keys = values if key is None else [self.call(key, [value], {}) for value in values]
-        self.weigh(keys)
-        return values[self.apply(pick, range(len(keys)), key=keys.__getitem__, **default)]
+        if pick is sorted:
+            self.pay((before - self.steps) * len(keys).bit_length())  # so often each is compared
+        picked = self.apply(pick, range(len(keys)), key=keys.__getitem__, **options)
+        return [values[i] for i in picked] if pick is sorted else values[picked]
 
     def rows(self, lists):
         """zip: one element of each in turn, so that one iterator may stand for several lists."""
@@ -413,14 +406,13 @@ class Interpreter:
     def combine(self, operation, a, b):
         """a + b, a - b, a * b and a / b where no unknown is multiplied by an unknown."""
         (a, below_a), (b, below_b) = self.terms(a), self.terms(b)
-        if operation in (operator.add, operator.sub):
-            a, b = self.times(a, below_b), self.times(b, below_a)
-            above = self.plus(a, b, operation(0, 1))  # 1 or -1
-        else:
-            stop_if(operation not in (operator.mul, operator.truediv))
-            if operation is operator.truediv:
-                b, below_b = below_b, b
+        if operation is operator.truediv:
+            b, below_b = below_b, b
+        if operation in (operator.mul, operator.truediv):
             above = self.times(a, b)
+        else:
+            stop_if(operation not in (operator.add, operator.sub))
+            above = self.plus(self.times(a, below_b), self.times(b, below_a), operation(0, 1))  # 1 or -1
         below = self.times(below_a, below_b)
         stop_if(not below, "error")  # a division by zero
         # So that equal quotients look equal, the first coefficient below becomes 1
@@ -434,14 +426,10 @@ class Interpreter:
         """{unknown: value} by Gauss-Jordan elimination. Without a solution every value is None, as
         in solve_it. a / b = c is solved as a - b * c = 0. What makes b zero is no solution."""
         equations, unknowns = (x if type(x) in (list, tuple) else [x] for x in (equations, unknowns))
-        names, aboves, belows = [self.unknown(symbol) for symbol in unknowns], [], []
-        for equation in equations:
-            self.pay(len(names))
-            above, below = self.terms(equation.zero if type(equation) is Equation else equation)
-            stop_if((above | below).keys() - {"", *names})  # the solution would hold an unknown
-            aboves.append(above)
-            belows.append(below)
-        rows, end = aboves + belows, len(aboves)
+        names = [self.unknown(symbol) for symbol in unknowns]
+        sides = [self.terms(x.zero if type(x) is Equation else x) for x in equations]
+        rows, end = [above for above, _ in sides] + [below for _, below in sides], len(sides)
+        stop_if(set().union(*rows) - {"", *names})  # the solution would hold an unknown
         for i, name in enumerate(names):
             pivot = next((row for row in rows[i:end] if name in row), None)
             stop_if(pivot is None)  # the solution, if there is one, would hold an unknown
@@ -502,14 +490,11 @@ class Interpreter:
         names = dict(zip(reversed(parameters), reversed(function.defaults))) | given | keywords
         stop_if(given.keys() & keywords.keys() or names.keys() != set(parameters), "error")
         self.scope, self.calls = Scope(node, function.scope, names), self.calls + 1
-        if type(node) is ast.Lambda:
-            result = self.do(node.body)
-        else:
-            result = self.returned if self.block(node.body) else None
+        leave = [self.do(node.body)] if type(node) is ast.Lambda else self.block(node.body)
         self.scope, self.calls = caller, self.calls - 1
-        return result
+        return leave[0] if leave else None
 
-    # Nodes. A statement gives None, or how it leaves its block: "break", "continue" or "return"
+    # Nodes. A statement gives None, or how it leaves its block: "break", "continue" or [the value it returns]
 
     def do(self, node):
         self.steps -= 1  # without `pay`, which takes as long as all the rest
@@ -526,8 +511,8 @@ class Interpreter:
     def loop(self, node, rounds):  # for, while
         for _ in rounds:
             leave = self.block(node.body)
-            if leave in ("break", "return"):
-                return leave if leave == "return" else None
+            if leave and leave != "continue":
+                return leave if leave != "break" else None
         return self.block(node.orelse)
 
     def rounds(self, generators, values):
@@ -554,10 +539,6 @@ class Interpreter:
         """The values of a display or of arguments."""
         return [value for node in nodes
                 for value in (self.listed(self.do(node.value)) if type(node) is ast.Starred else [self.do(node)])]
-
-    def do_Return(self, node):
-        self.returned = self.do(node.value)
-        return "return"
 
     def do_Assign(self, node):
         value = self.do(node.value)
@@ -658,6 +639,7 @@ NODES = {
     "FunctionDef": lambda m, node: m.home(node.name).update({node.name: m.do_Lambda(node)}),
     "If": lambda m, node: m.block(node.body if m.do(node.test) else node.orelse),
     "ImportFrom": Interpreter.do_Import,
+    "Return": lambda m, node: [m.do(node.value)],
     "While": lambda m, node: m.loop(node, iter(lambda: bool(m.do(node.test)), False)),
     "BinOp": lambda m, node: m.operate(OPERATORS[type(node.op)], m.do(node.left), m.do(node.right)),
     "Constant": lambda m, node: node.value,
@@ -762,9 +744,10 @@ typing Any Dict List Optional Tuple Union""".split(";"):
 # The authors' prefix imports the names of math and sympy
 BUILTINS = {**MATH, **SYMPY, "math": IMPORTS[""]["math"], "__name__": "__main__"}
 BUILTINS |= {function.__name__: Builtin(bound(function)) for function in (
-    abs, all, any, bool, divmod, float, int, len, next, pow, range, round)}
+    abs, all, any, bool, float, int, len, next, pow, range, round)}
 BUILTINS |= {name: Builtin(run) for name, run in {
     "dict": lambda m, values=(), /, **named: m.dictionary(values) | named,
+    "divmod": lambda m, a, b: (m.operate(operator.floordiv, a, b), m.operate(operator.mod, a, b)),
     "enumerate": lambda m, values, start=0: iter([
         (m.apply(operator.add, start, i), value) for i, value in enumerate(m.listed(values))]),
     "filter": lambda m, function, values: iter([x for x in m.listed(values) if m.call(function, [x], {})]),
@@ -773,13 +756,13 @@ BUILTINS |= {name: Builtin(run) for name, run in {
     "isinstance": lambda m, value, kinds: any(
         isinstance(value, KINDS[kind]) for kind in (kinds if type(kinds) is tuple else [kinds])),
     "map": lambda m, function, first, *more: iter([m.call(function, row, {}) for row in m.rows([first, *more])]),
-    "max": bound(max, Interpreter.extreme),
-    "min": bound(min, Interpreter.extreme),
+    "max": bound(max, Interpreter.order),
+    "min": bound(min, Interpreter.order),
     "print": lambda m, *values, sep="", end="", flush=False: m.weigh(*values, sep, end),
     "reversed": lambda m, values: iter(m.listed(values)[::-1]),
     "set": lambda m, values=(), /: {m.key(value) for value in m.listed(values)},
     "solve_it": Interpreter.solve,
-    "sorted": Interpreter.sort,
+    "sorted": lambda m, values, /, **options: m.order(sorted, values, **options),
     "str": lambda m, value="": m.show(value),
     "sum": bound(operator.add, Interpreter.total),
     "tuple": lambda m, values=(): tuple(m.listed(values)),
@@ -798,6 +781,7 @@ METHODS |= {
     (str, "format"): Interpreter.fill,
     (str, "join"): lambda m, text, parts: m.apply(str.join, text, m.listed(parts)),
     (list, "extend"): lambda m, items, more: items.extend(m.listed(more)),
-    (list, "sort"): lambda m, items, **options: m.apply(operator.setitem, items, slice(None), m.sort(items, **options)),
+    (list, "sort"): lambda m, items, **options: m.apply(
+        operator.setitem, items, slice(None), m.order(sorted, items, **options)),
     (dict, "update"): lambda m, items, values=(), /, **named: items.update(m.dictionary(values) | named),
 }

@@ -125,6 +125,15 @@ def test_same_as_python(expression):
     assert run_program(f"answer = 0 + ({expression})") == eval(f"0 + ({expression})")
 
 
+# 30,720 pairs with one hash (on 64 bits): what hash((a, c)) does with a is undone by c
+PAIRS = """s, a, c = [], 419386376585216, 3596054853453695
+for i in range(-8, 8):
+    for j in range(-8, 8):
+        a0 = 2 - i * 8670972034940928 - j * 1775539480166400
+        c0 = 5 + i * 1955137133732534 + j * 6505302604710388
+        s += zip(range(a0 - 60 * a, a0 + 60 * a, a), range(c0 - 60 * c, c0 + 60 * c, c))
+answer = len(set(s))"""
+
 # Found by a reviewer who attacked the evaluator for an hour: each made it run, or grow, without an end.
 ATTACKS = {
     "negative price": "comb(5, 10 ** 12)\nL = []\nwhile True: L.append({})",
@@ -142,6 +151,9 @@ ATTACKS = {
     "numbers of a range": "L = []\nwhile True: L.append(list(range(1 << 4080, (1 << 4080) + 99000)))",
     "numbers of enumerate": "L = []\nwhile True: L.append(enumerate(range(99000), 1 << 4080))",
     "one hash": "L = [i * (2 ** 61 - 1) for i in range(20000)]\nk = {}.keys()\nwhile True: k | L",
+    "emptied set": "s = set(range(20000))\nlist(map(s.discard, range(20000)))\nwhile True:\n    for x in s: break",
+    "difference": "s = set(range(20000))\ns = s ^ s\nwhile True: all(s)",
+    "one hash of pairs": PAIRS,
     "unknowns": "xs = [Symbol(str(i)) for i in range(400)]\nsolve_it([Eq(x * 2, 4) for x in xs], xs)\nanswer = 42",
     "fractions": "L = [Fraction(1, 3 ** 1200 + i) for i in range(2000)]\nwhile True: sorted(L)",
 }
@@ -190,6 +202,8 @@ print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])"""
     ("answer = sorted([2, 1], lambda x: x)[0]", "error"), ("answer = 1\nmap(len)", "error"),
     ("f = lambda: 1\ng = lambda: 2\nfor x in {}.keys() | [f, g]: answer = x()", "refused"),
     ("for x in {float('nan'), 1, 2}: answer = x", "refused"),
+    ("nan = float('nan')\nanswer = 0 + (nan in (x for x in [nan]))", 1), ("answer = {2 ** 90: 3, (1.5, 2.5): 4}[1.5, 2.5]", 4),
+    ("answer = divmod(-7.5, 2)[0] * 10 + divmod(-7.5, 2)[1]", -39.5), ("answer = sorted([], reverse=True) or 3", 3),
     ("d = {'a': 1}\nd.update(b=2)\nd.setdefault('c', 3)\nanswer = sum(d.values())", 6),
     ("answer = isinstance(2.0, (int, float)) + isinstance(2, str) + (4.0).is_integer()", 2),
     ("answer = factorial(500) // factorial(498)", 249500), ("answer = 0 + (500000 in range(1, 10 ** 15))", 1),
