@@ -36,15 +36,19 @@ STRATEGIES = ("cot", "l2m", "pot")
 TOLERANCE = Fraction(1, 1_000_000)
 
 MENTION = re.compile(r"final\s{1,9}answer", re.IGNORECASE)
-# A mention, perhaps with a "(remark)", that announces the answer: by ":", "=", the end of bold
-# print or of the line, or by "is" and a number.
-MARKER = re.compile(MENTION.pattern + r"(?: ?\([^()\n]{0,40}\))?(?:[\s*_]{0,9}[:=]|\*\*|[ *_]{0,9}$"
-                    r"| is(?=(?:\\boxed|[^a-z0-9\n]){1,9}[0-9]))", re.IGNORECASE | re.MULTILINE)
-ITEM = re.compile(r"^[ *]*(?:[-+*•]|\(?[A-Za-z]\)) +", re.MULTILINE)  # what begins a line of a list
+REMARKED = MENTION.pattern + r"(?: ?\([^()\n]{0,40}\))?"
+# A mention that announces the answer: "Final answer (in dollars):", "the final answer is 18"; or at
+# the end of bold print or of a line, "## Final answer", but not "18 is the final answer".
+MARKER = re.compile(rf"{REMARKED}(?:[\s*_]{{0,9}}[:=]| is(?=(?:\\boxed|[^a-z0-9\n]){{1,9}}[0-9]))"
+                    rf"|(?<![a-z0-9,] the ){REMARKED}(?:\*\*|[ *_]{{0,9}}$)",
+                    re.IGNORECASE | re.MULTILINE)
+# What begins a line of a list, or a quotation.
+ITEM = re.compile(r"^[ *]*(?:[-+*•>]|\(?[A-Za-z]\)) +", re.MULTILINE)
 
 # What people and LaTeX write -> the same in plain signs; decoration -> "`". It is not just deleted:
 # "5**2" must not become 52.
 PLAINER = [
+    (r"\b\*+\b|(?<=\w) \*+ (?=\w)", "×"),
     ("[\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}]", "-"),
     (r"\{,\}|,\\!", ","),
     ("\\\\[,;: ]|~|[\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}\t\r]", " "),
@@ -52,10 +56,10 @@ PLAINER = [
     ("½", "1/2`"), ("⅓", "1/3`"), ("⅔", "2/3`"), ("¼", "1/4`"), ("¾", "3/4`"),
     (r"\\[dt]?frac ?(?:\{([^{}]*)\}|([0-9])) ?(?:\{([^{}]*)\}|([0-9]))", r"\1\2/\3\4`"),
     (r" ?\\over\b ?", "/"),
-    (r"```[a-z]*$|<[^<>\n]{0,40}>", "`"),                           # a fence, a tag
+    (r"```[a-z]*$|<(?![0-9 ])[^<>\n]{0,40}>", "`"),                  # a fence, a tag
     (r"\\(?:[a-z]?box|boxed|text|text[a-z]{2}|math[a-z]{2}|left|right|displaystyle|quad)\b", "`"),
     (r"(?:\b(?:US|CA|AU|NZ|A|C))?\\?\$|[€£¥₹]", "`"),
-    (r"\\[()\[\]!\\]|[*#{}]|(?<![0-9])_|_(?![0-9])", "`"),
+    (r"\\[()\[\]!\\]|[*#{}]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9{])", "`"),
     (r"(?<=[0-9`]) ?\\?%", " percent "),
     (r"(?<=[a-z]{2})-(?=`*[0-9])", " "),                            # no minus: "Total-18"
     (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:\.[0-9]{3}(?=[.,])){1,99}[.,][0-9]+",  # 1.234,5; 1.234.567
@@ -80,9 +84,11 @@ MAGNITUDE = (r"(?:`* ?(?P<magnitude>hundred|thousand|million|billion|trillion"
 BESIDE = "(?:" + "|".join([
     r"[a-z `,:;!?°¢\"“”()\[\]✅✓]",
     r"\.(?!\.)",                        # one "."; "0.33..." goes on
-    r"(?<=[a-z])[-/'’](?=[a-z])",       # long-term, km/h, Bob's
-    r"(?<=[a-z] )[-—](?= [a-z]{2})",    # 18 eggs — as we saw
+    r"(?<=[a-z])[-/'’&](?=[a-z])",      # long-term, km/h, Bob's
+    r"(?<=[a-z] )-(?= [a-z]{2})",       # 18 eggs - as we saw
+    r"—(?= ?[a-z]{2})",                 # $18 — the total
     r"(?<![a-z])/(?=[a-z]{2})",         # 18/week
+    r"(?<=[a-z]{2})[²³]",               # 18 cm²
 ]) + ")*"
 # ... except, before the number, in "x2", "f(5)", "Rs.50"; behind it in "5x", "5 K", "5!".
 APART_BEFORE = r"(?<![a-z.,])(?<![a-z]\()"
@@ -95,7 +101,8 @@ NUMBER_WORD = re.compile(r"""\b(?:
     |sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety
     |hundred|thousand|million|billion|trillion|bn|mil|mio|mn|lakh|crore|dozen|half|halve|third
     |quarter|fifth|eighth|ninth|twentieth|pi|plus|minus|negative|not|below|twice|double|triple
-    |squared|cubed|root|factorial|repeating|recurring)(?:th)?s?\b""", re.IGNORECASE | re.VERBOSE)
+    |squared|cubed|root|factorial|repeating|recurring|lac|mln|thrice|twelfth|cannot|none|neither
+    |sqrt|log|divided|multiplied)(?:th)?s?\b""", re.IGNORECASE | re.VERBOSE)
 
 
 def numeric_answer(strategy, text):
@@ -146,7 +153,7 @@ def number_behind(text, marker):
         line = plain(text[item.end():match.end()] if item else match[0])
         if item and len(ITEM.findall(text, match.start())) > 1:
             break  # ... but with a second item anywhere below, none is the answer
-        if line.strip("` "):
+        if line.strip("`- "):
             return only_number(line), match.end()
     return None, len(text)
 

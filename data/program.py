@@ -734,9 +734,9 @@ IMPORTS = {"": {"math": Module(MATH)}, "math": MATH, "sympy": SYMPY, "fractions"
 UNKNOWN = object()  # of a module that may be imported, but not used; behind it what it has
 for row in """__future__ annotations; collections Counter OrderedDict defaultdict deque namedtuple;
 datetime date datetime timedelta; decimal Decimal getcontext; fractions; functools lru_cache reduce;
-itertools accumulate chain combinations permutations product; math dist fsum; numpy array; random;
-re; statistics mean median mode stdev; string; time; sympy Rational simplify solve sqrt symbols;
-typing Any Dict List Optional Tuple Union""".split(";"):
+itertools accumulate chain combinations permutations product; json; math dist fsum; numpy array;
+pandas; random; re; statistics mean median mode stdev; string; time; typing Any Dict List Optional
+Tuple Union; sympy Rational simplify solve sqrt symbols""".split(";"):
     module, *names = row.split()
     IMPORTS[""].setdefault(module, UNKNOWN)
     IMPORTS[module] = dict.fromkeys(names, UNKNOWN) | IMPORTS.get(module, {})

@@ -36,7 +36,6 @@ from data.answers import MARKER, STRATEGIES, is_correct, number_behind  # noqa: 
 from data.files import Question, read_json, read_questions, read_rationales  # noqa: E402
 from data.files import run_command  # noqa: E402
 from data.hub import find_model  # noqa: E402
-from data.program import run_program  # noqa: E402
 from sampler import KVCache, Student, generate, stream  # noqa: E402
 
 START = b'{"id": '    # of every line that is written
@@ -49,14 +48,17 @@ TRIAL_STEPS = 4
 MOST_SKIPPED = 20   # first requests without one text: then all would be refused
 FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason: a whole text
 
-THOUGHTS = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)
-CONTROL = r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
-ROLE = r"(?:assistant|model)\n"
+THOUGHTS = re.compile(  # in tags; or in a channel, as gpt-oss has it
+    r"\A.*(?:</think(?:ing)?>|\[/THINK\]|<\|channel\|>final<\|message\|>)"
+    r"|(?:<think(?:ing)?>|\[THINK\]|<\|channel\|>analysis).*", re.DOTALL)
+CONTROL = r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn|/answer)>"
+ROLE = r"(?:assistant|model)(?=\n|<)"
 # "**Answer:**", "[cot]:"; but not "answer: int = 3", which is Python
-LABEL = r"[#*_]*answer[*_]*:(?! *(?:int|float) *=)[*_]*|\[\w+\]:"
+LABEL = r"[#*_]*answer[*_]*:(?! *(?:int|float|Fraction) *=)[*_]*|<answer>|\[\w+\]:"
 START_OF_TEXT = re.compile(rf"(?:\s*(?:{CONTROL}|{ROLE}|{LABEL}))*", re.IGNORECASE)
 # A program in a fence. Before it may stand the name of a language.
-FENCED = re.compile(r"(`{3,}|~{3,}) *(?:py\w*|\w*(?=\s*\n))?(.*?)(?:\1|\Z)", re.DOTALL | re.I)
+FENCED = re.compile(r"(`{3,9}|~{3,9}) *(?:py\w*|\w*(?=\s*\n))?(.*?)(?:\1|\Z)", re.DOTALL | re.I)
+SETS_ANSWER = re.compile(r"(?:^|;)[ \t]*answer *(?::[^=\n]{1,40})?=(?!=)", re.MULTILINE)
 
 
 class Answer(NamedTuple):
@@ -97,7 +99,7 @@ def is_over(strategy: str, text: str) -> bool:
 
 def clean(strategy: str, text: str) -> str:
     """A teacher's text without thoughts, a repeated "Answer:", all from a control token or further
-    question on, all behind the final answer; of several programs the last one that runs."""
+    question on, all behind the final answer; of several programs the last that sets `answer`."""
     text = THOUGHTS.sub("", text)
     text = text[START_OF_TEXT.match(text).end():]
     text = re.split(CONTROL, text, maxsplit=1)[0].partition(NEXT)[0].rstrip()
@@ -107,8 +109,8 @@ def clean(strategy: str, text: str) -> str:
         return text[:end_of_answer(strategy, text)].strip()
     programs = [match[2] for match in FENCED.finditer(text)] or [text]
     programs = [dedent(program).strip() for program in programs]
-    running = (program for program in reversed(programs) if run_program(program) is not None)
-    return next(running, programs[-1])
+    complete = [program for program in programs if SETS_ANSWER.search(program)]
+    return (complete or programs)[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def read_answer(content: bytes, strategy: str):
         text = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
         reason = choice.get("finish_reason")
         used = int((answer.get("usage") or {}).get("total_tokens") or 0)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return "", False, 0, f"not an answer: {beginning(content)}"
     cleaned = clean(strategy, text)
     if not cleaned:

@@ -30,6 +30,7 @@ SENTENCES = {  # the same, but more than a number
     # on a following line: display math, a fence, a list
     "\n\\[\n\\boxed{42}\n\\]": 42, "\\[\n\\boxed{42}\n\\]": 42, "\n```text\n18\n```": 18, "\n\n- **18** eggs": 18, "\n- 18": 18,
     "\n* 18": 18, "18 eggs — that's all.": 18, "18 \N{WHITE HEAVY CHECK MARK}": 18, "18 km/h": 18,
+    "\n\n---\n\n72": 72, "\n> **96 clips**": 96, "18 red M&Ms": 18, "$18 — the total": 18, "25 cm²": 25,
     # a dash behind a letter is no minus
     "Total-18": 18, "apples-5": 5,
     # magnitudes
@@ -46,12 +47,16 @@ NOTHING = [  # no number, or one whose value something may change
     "5 degrees below zero", "$5 bn", "5 mil", "5 mn", "3 mio", "12 twentieths", "tens of 18", "0.33 repeating", "½2",
     "18 - x", "x-18", "n+7", "5 x", "18/x", "5·x", "5⋅x", "5ⁿ", "f(5)", "sqrt(16)", "5(x)", "0.3\N{COMBINING OVERLINE}",
     "0.33 ...", "18 eggs =", "18?", "5'", "18 тысяч", "2 thou\u017fand", "\n* 18\n* 12", "\n(a) 18\n(b) 12",
+    "eggs * 2", "price*3", "18 * x", "x**5", "x_5", "a_{12}", "log_{10}", "<18>\n3 hens are left", "\n> 18\n> 12", "7 lac rupees",
+    "$1.2 mln", "thrice 5", "5 twelfths", "sqrt 16", "18 divided by x", "18 multiplied by the rate", "none of the 12 eggs are left",
 ]
 HEADINGS = {  # other ways to announce the answer
     "**Final Answer:**\n$18": 18, "**Final Answer**\n18": 18, "## Final Answer\n\n18": 18, "**Final answer** 18": 18,
     "### Final Answer: 18": 18, "Final answer (in dollars): 18": 18, "FINAL ANSWER : 18": 18, "__Final answer:__ 18": 18,
     "\\textbf{Final answer:} 18": 18, "Final answer = 18": 18,
     "Final Answer: The final answer is 18. I hope it is correct.": 18, "The final answer is $\\boxed{18}$.": 18,
+    "## The Final Answer\n18": 18, "**The final answer** 18": 18, "So 18 is the final answer\nShe has 3 left.": None,
+    "**18 is the final answer** for 3 kids": None, "Step 5: State the final answer\nWe have 3 steps.": None,
     "The final answer is **18 eggs**": 18, "Final answer: 17\nThe final answer is 3 times 6": None,
     "The final answer is what we want": None, "To get the final answer, multiply by 5": None,
     "Final answer: 17. The final answer was wrong, 18": None,

@@ -39,7 +39,7 @@ ANSWERS = {"cot": "1 + 1 = 2. Final answer: 2", "l2m": "What is 1 + 1? 2.\nFinal
 BODIES = {  # of an answer with status 200 that is none
     "html": "<html>login</html>", "error": '{"error": {"message": "content filtered", "code": 403}}',
     "no choices": '{"choices": null, "error": {"message": "overloaded"}}', "stream": 'data: {"choices": []}\n\n',
-    "number": "7", "deep": "[" * 200_000,
+    "number": "7", "deep": "[" * 200_000, "endless": '{"choices": [{"text": "18"}], "usage": {"total_tokens": 1e999}}',
 }
 MESSAGES = {  # an answer without a text -> (message, finish_reason)
     "thoughts": ({"content": None, "reasoning_content": "Let me see"}, "stop"),
@@ -204,7 +204,11 @@ CLEANED = [  # strategy, text, what is kept of it
     ("cot", "<|im_start|>assistant\nFinal answer: 3<|im_end|>\n<|im_start|>user\nHi", "Final answer: 3"),
     ("pot", "answer = 18\n<end_of_turn>", "answer = 18"), ("pot", "answer = 18<|eot_id|>", "answer = 18"),
     ("pot", "Answer:\n" + PROGRAM, PROGRAM), ("pot", "answer: int = 18", "answer: int = 18"), ("pot", "**Answer:**\n\nanswer = 18", "answer = 18"),
-    ("pot", "Answer: answer = 3", "answer = 3"), ("cot", "[cot]: 18", "18"),
+    ("pot", "Answer: answer = 3", "answer = 3"), ("pot", "answer: Fraction = 3", "answer: Fraction = 3"),
+    ("cot", "<|channel|>analysis<|message|>Maybe 17.<|end|><|start|>assistant<|channel|>final<|message|>18<|return|>", "18"),
+    ("cot", "<|channel|>analysis<|message|>Maybe", ""), ("pot", "[THINK]answer = 17[/THINK]answer = 18", "answer = 18"),
+    ("pot", "<think>no</think>\n<answer>\nanswer = 18\n</answer>", "answer = 18"),
+    ("pot", "<|start_header_id|>assistant<|end_header_id|>\n\nanswer = 64", "answer = 64"), ("cot", "[cot]: 18", "18"),
     # fences
     ("cot", "```\n1+2\n```\nFinal answer: 3", "```\n1+2\n```\nFinal answer: 3"),
     ("pot", "Here it is:\n```python\nx = 1\nanswer = x\n```\nDone.", "x = 1\nanswer = x"),
@@ -214,6 +218,9 @@ CLEANED = [  # strategy, text, what is kept of it
     ("pot", " eggs = 9\n answer = eggs * 2", PROGRAM), ("pot", " " + PROGRAM, PROGRAM),
     ("pot", "```python\nanswer = 17\n```\nBetter:\n```python\nanswer = 18\n```\nIt prints:\n```\n18\n```", "answer = 18"),
     ("pot", "```\nanswer = 17\n```\nBetter: ```python x = 18\nanswer = x\n```", "x = 18\nanswer = x"),
+    # the last that sets `answer`, even if it is wrong: what was taken back does not count
+    ("pot", "```\nanswer = 56\n```\nNo:\n```\nx = 6; answer: int = 7 * x = 42\n```\nIt is\n```\nThe answer = 42\n```",
+     "x = 6; answer: int = 7 * x = 42"),
     ("pot", "Given:\n```\n9 eggs twice\n```\n```python\nanswer = 9 * 2\n```", "answer = 9 * 2"),
     ("pot", "<think>\n```python\nanswer = 17\n```\nno.\n</think>\n\n```python\nanswer = 18\n```", "answer = 18"),
 ]
