@@ -441,6 +441,8 @@ def collect(args, jobs, n_there: int, out: Path) -> int:
 
 def main() -> None:
     args = parse_args()
+    for strategy in STRATEGIES:
+        examples(strategy)  # a file that is missing is named now, not after hours
     questions = read_questions(args.questions)
     out = args.out or args.questions.with_name("teacher.jsonl")
     there = []

@@ -397,6 +397,12 @@ def test_unusable_flags_are_named(questions, flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_missing_examples_are_named_before_anything_is_asked(questions):
+    with mock.patch("data.answers.STRATEGIES", ("cot", "equation")):
+        printed = collect(questions, server := Server(), code=2)
+    assert "equation.txt" in printed and not server.requests
+
+
 def test_requests_run_at_the_same_time(questions):
     server = Server(delay=0.3)
     collect(questions, server, "--in-flight", 6)
