@@ -26,7 +26,7 @@ SELF = [
     OWN,
     OWN,  # once more
     Rationale("q0", "l2m", "Final answer: 1", "student", finished=False),
-    Rationale("q0", "l2m", "Final answer: 1e400", "student"),
+    Rationale("q0", "l2m", f"Final answer: 1{'0' * 299}e99", "student"),
     Rationale("q0", "pot", "import os", "student"),
     Rationale("q0", "pot", "answer = 15 / 2", "student"),
 ]
@@ -116,7 +116,7 @@ def test_why_each_text_was_kept_or_not(folder):
         "cot, kept",
         "cot, left out: right, but the mix has enough of this strategy",
         "l2m, rejected: cut off by the token limit",
-        "l2m, rejected: gives 1.00000e+400",
+        "l2m, rejected: gives 1.00000e+398",
         "pot, rejected: gives no number, program: refused",
         "pot, rejected: gives 7.5",
         *["cot, rejected: gives no number"] * 4]
