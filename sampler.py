@@ -213,9 +213,9 @@ class Batch:
     def free(self, rows):
         """Free rows decode on, to no purpose, from place 0, so that they do not make S larger.
 
-        They cannot run past the cache's end. Each refill sets them back to place 0. Within
-        max_new_tokens steps after it every row in use ends, so long before that enough rows are
-        free for the next refill; or no sample waits, and with these rows all is over."""
+        They cannot run past the cache's end. Within max_new_tokens steps every row in use ends.
+        Before that a refill sets the free ones back to place 0; or no sample waits, and the loop
+        ends."""
         self.cache.set_lengths(rows, 0)
 
     def keep(self, rows):
