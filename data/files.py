@@ -221,7 +221,7 @@ def read_data(folder: Path, held_out: float, seed: int) -> Data:
 
 # These may change from one start of a run to the next. Of data and model the files are compared.
 FREE = ("iters", "seeds", "compare", "out", "device", "rows", "save_minutes", "checkpointing",
-        "data", "model", "command")
+        "data", "model", "preset", "command")
 
 
 def open_run_folder(args):
@@ -234,8 +234,11 @@ def open_run_folder(args):
         settings[name] = str(value) if isinstance(value, Path) else value
     for path in list_sets(args.data):
         settings[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    for path in find_model(args.model).glob("model*.safetensors"):
-        settings[path.name] = fingerprint(path)
+    settings["data"] = str(args.data.resolve())  # for a report that is made elsewhere
+    model = find_model(args.model)
+    for name in ("model*.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
+        for path in model.glob(name):
+            settings[path.name] = fingerprint(path)
     args.out.mkdir(parents=True, exist_ok=True)
     locked = lock(args.out)
     if any(args.out.glob("seed-*/*/*")):
@@ -278,10 +281,10 @@ def check_settings(folder: Path, settings: dict) -> None:
         new = settings.get(name)
         if name in FREE or old == new:
             continue
-        if name.endswith((".jsonl", ".safetensors")):
+        if name.endswith((".jsonl", ".json", ".safetensors")):
             changed.append(f"{name} was another file")
         else:
-            changed.append(f"--{name.replace('_', '-')} was {old}, is {new}")
+            changed.append(f"{name} was {old}, is {new}")
     if changed:
         raise ValueError(f"{folder} holds a run of other settings: {', '.join(changed)}. "
                          "Choose another --out, or delete the folder.")
@@ -290,6 +293,8 @@ def check_settings(folder: Path, settings: dict) -> None:
 def run_command(main) -> None:
     """Calls main(). A fault of its input ends it with one line and exit code 2, Ctrl-C with 130."""
     name = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, "reconfigure"):  # a pipe on Windows knows few characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as error:

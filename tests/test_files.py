@@ -358,17 +358,17 @@ def test_run_folder_refuses_other_settings_by_name(begun):
     values; and the old settings stay."""
     with pytest.raises(ValueError) as error:
         open_run_folder(settings(begun, lr=0.5, mix="self", max_length=9))
-    for words in (str(begun / "out"), "--lr was 0.002, is 0.5", "--mix was all, is self",
-                  "--max-length was None, is 9"):
+    for words in (str(begun / "out"), "lr was 0.002, is 0.5", "mix was all, is self",
+                  "max_length was None, is 9"):
         assert words in str(error.value)
-    assert "--samples" not in str(error.value)
+    assert "samples" not in str(error.value)
     assert json.loads((begun / "out/args.json").read_text())["lr"] == 0.002
 
 
 def test_run_folder_goes_on_with_free_settings(begun):
     """What does not change the results of a model may be asked for later."""
     changed = {"iters": 2, "seeds": 3, "compare": True, "device": "cuda", "rows": 7,
-               "save_minutes": 1}
+               "save_minutes": 1, "preset": "svamp"}
     open_run_folder(settings(begun, **changed))
     assert json.loads((begun / "out/args.json").read_text()).items() >= changed.items()
     for folder in ("out", "data", "model"):
@@ -397,6 +397,14 @@ def test_run_folder_refuses_weights_that_changed(begun, place):
     path = begun / "model/model.safetensors"
     path.write_bytes(path.read_bytes()[:place] + b"!" + path.read_bytes()[place + 1:])
     with pytest.raises(ValueError, match="model.safetensors was another file"):
+        open_run_folder(settings(begun))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json"])
+def test_run_folder_refuses_a_model_that_reads_otherwise(begun, name):
+    """Tokens and end of text come from --model in each round."""
+    (begun / "model" / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{name} was another file"):
         open_run_folder(settings(begun))
 
 

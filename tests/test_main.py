@@ -754,7 +754,7 @@ def test_run_folder_of_other_settings_is_named(refused, run, flags):
     """A second run with another learning rate must not be mixed into the first."""
     before = {path: path.read_bytes() for path in run[0].rglob("*") if path.is_file()}
     said = refused(*flags, "--lr", "0.5", out=run[0])
-    assert "--lr was 0.01, is 0.5" in said
+    assert "lr was 0.01, is 0.5" in said
     assert {path: path.read_bytes() for path in run[0].rglob("*") if path.is_file()} == before
 
 
