@@ -374,6 +374,29 @@ def check_range(name, value, least, greatest):
 # a student
 
 
+def use_device(name):
+    """Makes a GPU the current one, as CUDA graphs need. ValueError if there is no such device."""
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def read_stop_ids(folder, config):
+    """Each of these ends a text; the first is the end token that is trained."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    stop_ids = []
+    for fields in (config, generation):
+        ids = fields.get("eos_token_id")
+        if isinstance(ids, int):
+            ids = [ids]
+        stop_ids += ids or []
+    return list(dict.fromkeys(stop_ids))  # each once
+
+
 class Student:
     """A model with its tokenizer: questions in, texts out.
 
@@ -409,14 +432,7 @@ class Student:
         self.specials = {token.content: id for id, token in added.items() if token.special}
         either = "|".join(map(re.escape, self.specials)) or "$."  # which matches nothing
         self.template = re.split(f"({either})", template)
-        self.stop_ids = []  # each of these ends a text; the first is the end token that is trained
-        path = folder / "generation_config.json"
-        generation = read_json(path) if path.exists() else {}
-        for fields in (self.model.config.extra, generation):
-            ids = fields.get("eos_token_id")
-            if isinstance(ids, int):
-                ids = [ids]
-            self.stop_ids += [id for id in ids or [] if id not in self.stop_ids]
+        self.stop_ids = read_stop_ids(folder, self.model.config.extra)
         self.n_ids = max(self.tokenizer.get_vocab().values()) + 1
         known = min(self.n_ids, self.model.config.vocab_size)
         if not self.stop_ids or min(self.stop_ids) < 0 or max(self.stop_ids) >= known:
@@ -442,14 +458,17 @@ class Student:
                 ids.append(self.specials[part])
             else:
                 ids += self.encode(part.replace("{question}", question.text))
-        # What comes before every text, <bos> or nothing; some tokenizers also add an end token.
-        first = [id for id in self.tokenizer.encode("").ids if id not in self.stop_ids]
+        first = self.first_ids()
         if ids[:len(first)] != first:
             ids = first + ids
         tail = ids[-1:]
         if strategy is not None:
             tail += self.encode(f"[{strategy}]:")
         return ids[:-1], tail
+
+    def first_ids(self):
+        """What comes before every text, <bos> or nothing; some tokenizers also add an end token."""
+        return [id for id in self.tokenizer.encode("").ids if id not in self.stop_ids]
 
     def target(self, rationale):
         """The tag, the rationale and the end token: what the loss is computed on."""

@@ -35,7 +35,7 @@ from data.files import (load_training, open_run_folder, read_data, run_command, 
 from data.hub import find_model
 from data.report import count_programs, print_round, update_metrics, write_report
 from model import Decoder
-from sampler import Student
+from sampler import Student, use_device
 from siked import MIXES, measure, siked
 
 HERE = Path(__file__).resolve().parent
@@ -107,10 +107,6 @@ def parse_args(argv=None):
         parser.error(f"--prompt {args.prompt!r}: there must be {{question}} in it")
     if WORLD > 1 and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # of torchrun: a GPU for each process
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
 
 
@@ -196,13 +192,12 @@ def add_gradients(model, tokens, targets, scale: float, dtype):
 def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weights_folder=None):
     """Trains the student's model in place on examples [(prompt ids, target ids)].
 
-    A step takes several batches; its loss is the mean over the trained tokens of all of them. Why
-    several? Texts of a batch have similar lengths. In a step of short texts alone the mean would be
-    over few tokens, so their tags would weigh more: a student would learn to choose short texts.
+    A step takes several batches; its loss is the mean over all their trained tokens. Why several?
+    Texts of a batch have similar lengths. In a step of short ones alone their tags would weigh
+    more: a student would learn to choose short texts. ValueError if the loss is not finite.
     checkpoint: a file from which a killed training goes on, to the same weights.
-    weights_folder: it holds the student's weights as they are now. With it LoRA in bfloat16 keeps
-    the frozen weights in bfloat16 alone, to save memory, and reads the float32 ones at the end.
-    ValueError if the loss is not finite.
+    weights_folder: holds the student's weights as they are now. With it LoRA in bfloat16 keeps the
+    frozen ones in bfloat16 alone, to save memory, and reads them in float32 at the end.
     """
     model = student.model
     dtype = getattr(torch, args.dtype)
@@ -225,7 +220,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weigh
     saved_at = time.time()
     disable = None if RANK == 0 else True  # None: no bar where there is no terminal
     for step in tqdm(range(done + 1, steps + 1), name, leave=False, unit="step", disable=disable):
-        warmup = min(1, step / args.warmup)
+        warmup = min(1, step / max(1, args.warmup))
         rate = args.lr * warmup * (1 - (step - 1) / steps)  # the decay is linear, too
         optimizer.param_groups[0]["lr"] = rate
         parts = list(islice(batches, args.accumulation))
@@ -252,6 +247,7 @@ def fine_tune(student, examples, steps, args, seed, name, checkpoint=None, weigh
             saved_at = time.time()
     if args.lora:
         model.merge_lora(weights_folder)
+    model.model.embed_tokens.sparse = False
     model.zero_grad()
 
 
@@ -261,15 +257,15 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
     control_steps: folder -> optimizer steps, for a control. Others take as many as --epochs needs.
     """
     if not (folder / "model.safetensors").exists():
-        write_lines(folder / "mix.jsonl", rationales)
         examples = list(make_examples(student, questions, rationales))
+        if not examples and folder.name == "combined":  # later mixes and controls may be empty
+            raise ValueError("teacher.jsonl: no rationale is right, finished and short enough")
+        write_lines(folder / "mix.jsonl", rationales)
         steps = math.ceil(len(examples) * args.epochs / (args.batch_size * args.accumulation))
         if examples:
             steps = control_steps.get(folder, steps)
             fine_tune(student, examples, steps, args, seed, folder.name,
                       checkpoint=folder / "training.pt", weights_folder=student.folder)
-        elif folder.name == "combined":  # round 0; later mixes and controls may be empty
-            raise ValueError("teacher.jsonl: no rationale is right, finished and short enough")
         print(f"{folder.name}: trained for {steps} steps on {len(examples)} rationales")
         if RANK == 0:
             write_text(folder / "steps.json", str(steps))
@@ -280,6 +276,7 @@ def train(student, rationales, folder, seed, questions, args, control_steps):
         for path in folder.glob("training.pt*"):  # also a part that a kill has left
             path.unlink()
     # Read back also if it was just trained: a run without a stop does the same as a resumed one.
+    student.model = None  # before the other is read: two may be more than the memory holds
     student.model = Decoder.from_pretrained(folder, device=args.device)
     student.folder = folder
     return_freed_memory()
@@ -323,7 +320,6 @@ class SharingStudent(Student):
 def join_processes(args):
     backend = "gloo"
     if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
         backend = "cpu:gloo,cuda:nccl"
     # A long wait is no fault: one process may write longer texts than another.
     dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -429,6 +425,7 @@ def leave_out_long(student, data, max_length):
 
 def main():
     args = parse_args()
+    use_device(args.device)
     if WORLD > 1:
         join_processes(args)
     if RANK == 0:

@@ -36,7 +36,7 @@ from data.answers import MARKER, STRATEGIES, is_correct, number_behind  # noqa: 
 from data.files import Question, read_json, read_questions, read_rationales  # noqa: E402
 from data.files import run_command  # noqa: E402
 from data.hub import find_model  # noqa: E402
-from sampler import KVCache, Student, generate, stream  # noqa: E402
+from sampler import KVCache, Student, generate, stream, use_device  # noqa: E402
 
 START = b'{"id": '    # of every line that is written
 NEXT = "\nQuestion:"  # a teacher that goes on with a question of its own is cut there
@@ -254,8 +254,7 @@ class Teacher(Student):
 
     def __init__(self, *settings):
         super().__init__(*settings)
-        # What the tokenizer adds in front, <bos> or nothing; some also add an end token.
-        first = [id for id in self.tokenizer.encode("").ids if id not in self.stop_ids]
+        first = self.first_ids()
         self.stems = {name: first + self.encode(examples(name)) for name in STRATEGIES}
         # Any control token ends a text: a chat model closes this one not with its <|im_end|>, but
         # with its <|endoftext|>, which its eos_token_id may leave out.
@@ -330,7 +329,7 @@ def announce(teacher, args, jobs):
     step = (time.time() - started) / (TRIAL_STEPS + 1)  # the prompts take one, too
     steps = len(stem) / rows + len(tail) + args.max_new_tokens
     minutes = math.ceil(len(jobs) / rows) * steps * step / 60
-    print(f"{len(jobs)} texts of at most {args.max_new_tokens} tokens, {rows} at once: at most "
+    print(f"{len(jobs)} texts of at most {args.max_new_tokens} tokens, {rows} at once: about "
           f"{minutes:.0f} minutes")
 
 
@@ -389,10 +388,6 @@ def parse_args(argv=None):
         value = getattr(args, name[2:].replace("-", "_"))
         if not least <= value < math.inf:
             parser.error(f"{name} {value}: must be at least {least}, and finite")
-    try:
-        torch.zeros(1, device="cpu" if args.url else args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
 
 
@@ -441,6 +436,8 @@ def collect(args, jobs, n_there: int, out: Path) -> int:
 
 def main() -> None:
     args = parse_args()
+    if not args.url:
+        use_device(args.device)
     for strategy in STRATEGIES:
         examples(strategy)  # a file that is missing is named now, not after hours
     questions = read_questions(args.questions)

@@ -390,7 +390,7 @@ def test_only_a_half_written_line_is_cut_off(questions, tmp_path):
     (("--url", "localhost:8000/v1"), "--url localhost:8000/v1"), (("--extra", "[1]"), "--extra [1]"),
     (("--in-flight", "0"), "--in-flight 0: must be at least 1"),
     (("--temperature", "nan"), "--temperature nan: must be at least 0"),
-    (("--timeout", "-1"), "--timeout -1.0"), (("--device", "abacus"), "--device abacus: ")])
+    (("--timeout", "-1"), "--timeout -1.0")])
 def test_unusable_flags_are_named(questions, flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--questions", str(questions), "--model", "m", *flags])
@@ -457,7 +457,7 @@ def test_a_checkpoint_can_be_the_teacher(questions, tmp_path):
     def collect(samples):
         printed = run_here(questions, "--model", model, "--samples", samples, "--max-new-tokens",
                            12, "--rows", 32)
-        assert "GB of weights" in printed and "at most" in printed  # beforehand
+        assert "GB of weights" in printed and "minutes" in printed  # beforehand
         return read_lines(tmp_path / "teacher.jsonl")
 
     first = collect(1)
