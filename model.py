@@ -440,22 +440,22 @@ class Decoder(nn.Module):
             scale = math.sqrt(config.hidden_size)
             x = x * torch.tensor(scale, dtype=x.dtype)           # rounded, as in the reference
 
-        # The masks, and RoPE's cos and sin, are built once for all layers.
+        # The masks, and RoPE's cos and sin, are built once for all layers of a type.
         # Nothing cached (S = T): query t of every row sees keys 0 .. t, a (T, T) triangle. None
         #   stands for it: attention is faster without a tensor.
         # Cached (S > T), mostly T = 1: (B, 1, T, S). Query t of a row with p cached tokens sees
         #   keys 0 .. p + t. The keys after them, up to the longest row's S, are leftovers.
-        # Sliding layers have a mask of their own, (1 or B, 1, T, S), if S exceeds the window.
-        mask = None
-        if S > T:
-            mask = visible_keys(positions, S)
-        frequencies = rope_frequencies(config.rope_theta, D, config.rope_scaling, x.device)
-        inputs = {"full_attention": (mask, *rope_cos_sin(positions, frequencies, x.dtype))}
-        if config.family.sliding_layers:
-            if S > config.sliding_window:
-                mask = visible_keys(positions, S, config.sliding_window)
-            frequencies = rope_frequencies(config.rope_local_base_freq, D, None, x.device)
-            inputs["sliding_attention"] = (mask, *rope_cos_sin(positions, frequencies, x.dtype))
+        # A sliding layer's query sees the last keys of these, as many as its window holds.
+        inputs = {}
+        for layer_type in set(config.layer_types):
+            window, base, scaling = None, config.rope_theta, config.rope_scaling
+            if layer_type == "sliding_attention":
+                window, base, scaling = config.sliding_window, config.rope_local_base_freq, None
+            mask = None
+            if S > min(T, window or T):
+                mask = visible_keys(positions, S, window)        # (1 or B, 1, T, S)
+            frequencies = rope_frequencies(base, D, scaling, x.device)
+            inputs[layer_type] = (mask, *rope_cos_sin(positions, frequencies, x.dtype))
 
         for layer, layer_type in zip(self.model.layers, config.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
@@ -569,6 +569,8 @@ def read_tensors(folder, dtype, device):
             if name.endswith(".rotary_emb.inv_freq"):  # of the first Llama files; computed here
                 continue
             tensors[name] = tensor.to(device, dtype)
-            if not tensor.is_floating_point() or not tensors[name].sum().isfinite():
-                raise ValueError(f"{path}: tensor {name} holds nan, infinity or {tensor.dtype}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: tensor {name} holds {tensor.dtype}")
+            if not tensors[name].sum().isfinite():
+                raise ValueError(f"{path}: tensor {name} holds nan or infinity")
     return tensors

@@ -3,6 +3,7 @@
 tests/fixtures/ holds a tiny random checkpoint per family with the logits that transformers computed (make_fixtures.py).
 """
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -536,6 +537,12 @@ def test_weights_that_are_no_floats_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight holds .*int8"):
         Decoder.from_pretrained(copy_checkpoint("llama", tmp_path, change_weights=quantise))
+
+    def spoil(weights):
+        weights["model.norm.weight"][3] = math.nan
+
+    with pytest.raises(ValueError, match="model.norm.weight holds nan or infinity"):
+        Decoder.from_pretrained(copy_checkpoint("llama", tmp_path, change_weights=spoil))
 
 
 def test_a_tied_checkpoint_may_repeat_its_matrix_but_not_change_it(tmp_path):
