@@ -311,38 +311,36 @@ def describe_choices(folder: Path, models: list[dict]) -> str:
 def table_of_differences(folder: Path, metrics: list[dict], ours: dict) -> str:
     """How far a model is ahead of round 0, and of the last round of each other run, on the seeds
     that both have."""
-    last = {}  # run -> a line of its last round
-    for line in metrics:
-        run = line["run"]
-        if run not in last or line["iteration"] > last[run]["iteration"]:
-            last[run] = line
-    last.pop(ours["run"], None)
-    sets = dict.fromkeys(line["set"] for line in metrics)
-    sets.pop("held-out", None)  # other questions for each seed
+    runs = dict.fromkeys(line["run"] for line in metrics if line["run"] != ours["run"])
+    # Held-out questions are others for each seed.
+    sets = dict.fromkeys(line["set"] for line in metrics if line["set"] != "held-out")
     rows = []
-    for theirs in last.values():
+    for run in runs:
+        theirs = max(find(metrics, run=run), key=lambda line: line["iteration"])
         seeds = sorted(seeds_of(metrics, ours) & seeds_of(metrics, theirs))
         if not seeds:
             continue
         row = {"ahead of": name_of(theirs)}
-        means = []
-        resampled = []  # for each set, the means of the bootstrap
         rng = np.random.default_rng(0)
-        for set_name in sets:
-            ahead = []  # a list for each seed: by question 1, 0 or -1
-            for seed in seeds:
-                a = read_answers(folder, ours | {"seed": seed}, set_name)
-                b = read_answers(folder, theirs | {"seed": seed}, set_name)
-                ahead.append([x["correct"] - y["correct"] for x, y in zip(a, b)])
-            by_question = 100 * np.mean(ahead, axis=0)
-            means.append(by_question.mean())
-            resampled.append(bootstrap(by_question, rng))
-            row[set_name] = format_interval(means[-1], resampled[-1])
-        row["mean of the sets"] = format_interval(np.mean(means), np.mean(resampled, axis=0))
+        means = []  # for each set: the mean, then those of the bootstrap
+        for name in sets:
+            ahead = right_of(folder, ours, seeds, name) - right_of(folder, theirs, seeds, name)
+            means.append([ahead.mean(), *bootstrap(ahead, rng)])
+            row[name] = format_interval(means[-1])
+        row["mean of the sets"] = format_interval(np.mean(means, axis=0))
         rows.append(row)
     if not rows:
         return "No other run has these seeds."
     return format_table(rows)
+
+
+def right_of(folder: Path, model: dict, seeds, set_name: str) -> np.ndarray:
+    """For each question, on how many of the seeds the model is right, in %."""
+    right = []  # a list for each seed
+    for seed in seeds:
+        records = read_answers(folder, model | {"seed": seed}, set_name)
+        right.append([record["correct"] for record in records])
+    return 100 * np.mean(right, axis=0)
 
 
 def seeds_of(metrics: list[dict], model: dict) -> set[int]:
@@ -356,9 +354,10 @@ def bootstrap(values, rng) -> np.ndarray:
     return np.array(means)
 
 
-def format_interval(mean, resampled) -> str:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+def format_interval(means) -> str:
+    """The mean, and 95 % of those of the bootstrap, which stand behind it."""
+    low, high = np.percentile(means[1:], [2.5, 97.5])
+    return f"{means[0]:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def read_answers(folder: Path, line: dict, set_name="test") -> list[dict]:
@@ -440,12 +439,11 @@ def draw(folder: Path, metrics: list[dict], run: str) -> str:
     """Accuracy by round, and the shares of the strategies. Returns the line for report.md."""
     try:
         import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
     except ImportError:
         return ("For the picture report.png: `pip install matplotlib`, then "
                 f"`python data/report.py {folder}`.")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), width_ratios=(2, 3), dpi=110,
                                             layout="constrained")
     rounds = find_rounds(metrics, run)

@@ -42,9 +42,8 @@ def room_to_choose(generated, questions) -> float | None:
     """
     gold = {question.id: question.answer for question in questions}
     verdicts = defaultdict(list)  # (id, strategy) -> is each text correct?
-    for rationale in generated:
-        verdict = is_correct(rationale.strategy, rationale.text, gold[rationale.id])
-        verdicts[rationale.id, rationale.strategy].append(verdict)
+    for text in generated:
+        verdicts[text.id, text.strategy].append(is_correct(text.strategy, text.text, gold[text.id]))
     counts = [len(verdicts[id, strategy]) for id in gold for strategy in STRATEGIES]
     if not generated or min(counts) < 4:
         return None
@@ -55,10 +54,8 @@ def room_to_choose(generated, questions) -> float | None:
     scores = []
     for id in gold:
         for half in (0, 1):  # every other text
-            rates = {}
-            for strategy in STRATEGIES:
-                rates[strategy] = fmean(verdicts[id, strategy][half::2])
-            chosen = max(ranked, key=rates.get)  # of equally good ones the first
+            rates = {strategy: fmean(verdicts[id, strategy][half::2]) for strategy in ranked}
+            chosen = max(rates, key=rates.get)  # of equally good ones the first
             other_half = 1 - half
             scores.append(fmean(verdicts[id, chosen][other_half::2]))
     return fmean(scores) - max(accuracy.values())
