@@ -23,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -221,12 +222,15 @@ def measure_student(job):
 
     with torch.device(device):
         model = Decoder(Config(tie_word_embeddings=True, **job["config"]))
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)  # LoRA reads the frozen weights again from there
     examples, results = [(write(120), write(180)) for _ in range(64)], []
     for batch in (2, 8):
         args = train.parse_args(["--preset", "paper", "--dtype", "bfloat16", "--batch-size", str(batch),
                                  "--accumulation", str(8 // batch)])
         for steps in (1, 8):  # the first is a warm-up
-            seconds, gigabytes = measure(lambda: train.fine_tune(SimpleNamespace(model=model), examples, steps, args, 0, "sft"))
+            seconds, gigabytes = measure(lambda: train.fine_tune(
+                SimpleNamespace(model=model), examples, steps, args, 0, "sft", weights_folder=folder.name))
         results += [f"{8 * steps / seconds:.0f} examples/s, {gigabytes:.1f} GB"]
     cast = model.cast(torch.bfloat16)  # both are there, as in a run
     prompts = [(question, write(3)) for question in [write(280) for _ in range(rows)] for _ in range(3)][:rows // 10]

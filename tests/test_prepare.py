@@ -166,18 +166,3 @@ def test_a_download_is_checked(tmp_path):
     with pytest.raises(ValueError, match="SHA-256") as error:
         prepare.fetch(address, digest)
     assert address in str(error.value)
-
-
-@pytest.mark.parametrize("name, count", [("train", 7473), ("test", 1319)])
-def test_real_gsm8k(name, count, tmp_path):
-    """Every question and the answer behind ####; only where the real files lie beside the project."""
-    source = ROOT.parent / "shared/data/gsm8k"
-    if not source.is_dir():
-        pytest.skip(f"{source} is not there")
-    run("gsm8k", "--source", source, "--out", tmp_path)
-    raw = [json.loads(line) for line in (source / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    made = read_questions(tmp_path / f"{name}.jsonl")
-    assert len(made) == len(raw) == count
-    for question, record in zip(made, raw):
-        assert question.answer == int(record["answer"].split("####")[1].replace(",", ""))
-        assert question.text.split() == record["question"].split()
