@@ -170,7 +170,11 @@ def ask(args, question, strategy: str, seed: int, stopping: threading.Event) -> 
             asked = headers.get("Retry-After", "")
             if asked.isdecimal():
                 pause = min(max(pause, int(asked)), 600)
-        if attempt + 1 == args.attempts or stopping.wait(pause):
+        if attempt + 1 == args.attempts:
+            break
+        if attempt == 2:  # it lasts; a full queue would have been short
+            tqdm.write(f"{address}: {problem}; it is asked again", file=sys.stderr)
+        if stopping.wait(pause):
             break
     raise OSError(f"{address}: {attempt + 1} attempts, the last one: {problem}")
 

@@ -270,6 +270,12 @@ def test_a_server_that_stays_broken_is_reported(questions, tmp_path):
     assert 1 <= len(read_lines(tmp_path / "teacher.jsonl")) <= 4
 
 
+def test_a_server_that_is_asked_for_long_is_named(questions):
+    """Once for each text, and not for a short trouble."""
+    printed = collect(questions, server := Server([503, 503, "well", 503, 503, 503]), "--in-flight", 1)
+    assert printed.count(f"{server.url}/chat/completions: 503: trouble; it is asked again") == 1
+
+
 def test_a_refusal_is_not_asked_again(questions):
     server = Server([401] * 100)
     printed = collect(questions, server, "--in-flight", 1, code=2)
